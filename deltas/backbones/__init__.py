@@ -1,0 +1,33 @@
+"""Backbones: one small table of sites per architecture family, made from a configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PretrainedConfig
+
+from deltas.backbones import llama
+from deltas.errors import UnsupportedBackbone
+from deltas.sites import BackboneSpec
+
+_TABLES: dict[str, Callable[[PretrainedConfig, str], BackboneSpec]] = {"llama": llama.describe}
+
+
+def families() -> list[str]:
+    """The ``model_type`` values that have a table, sorted."""
+    return sorted(_TABLES)
+
+
+def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
+    """What the library must know of a backbone; no weights are needed.
+
+    ``revision`` identifies the weights. Raises :class:`UnsupportedBackbone`, listing the families there are.
+    """
+    family = str(getattr(config, "model_type", ""))
+    table = _TABLES.get(family)
+    if table is None:
+        raise UnsupportedBackbone(
+            f"backbones of model_type {family!r} are not supported; supported: {', '.join(families())}",
+            field="model_type",
+        )
+    return table(config, revision)

@@ -1,0 +1,49 @@
+"""Rows -> slots: what one forward pass needs to know about the deltas of its rows.
+
+A batch is a list of segments: consecutive packed tokens that use one delta. It is planned once for a composition
+of rows and applied at every site; only lengths change between decode steps, so plans are kept and reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from deltas.bank import PackedDelta
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Tokens ``row0 .. row0+rows`` of the packed batch use ``delta`` (None: the backbone alone)."""
+
+    row0: int
+    rows: int
+    delta: PackedDelta | None
+
+
+class Plan(Protocol):
+    """How one composition of segments is applied. Made by ``ops.plan``."""
+
+    def active(self, group: int) -> bool:
+        """Does any row change anything at this group?"""
+        ...
+
+    def apply(self, group: int, x: Tensor, y: Tensor) -> None:
+        """Adds every row's patches to ``y`` ``[tokens, out]`` in place; ``x`` ``[tokens, in]`` is the group's input
+        (the residual, for a block site). Both are row-strided with contiguous columns and of one dtype."""
+        ...
+
+
+def merge(segments: Sequence[Segment]) -> list[Segment]:
+    """Joins neighbours that use the same delta, and drops empty segments and those of the backbone alone."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if last is not None and last.delta is segment.delta and last.row0 + last.rows == segment.row0:
+            joined[-1] = Segment(last.row0, last.rows + segment.rows, last.delta)
+        elif segment.rows:
+            joined.append(segment)
+    return [segment for segment in joined if segment.delta is not None]

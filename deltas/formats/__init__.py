@@ -1,0 +1,116 @@
+"""Formats: the files of the libraries that make deltas, read strictly. One file per library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deltas.delta import Delta
+from deltas.errors import InvalidDelta, UnsupportedDelta
+from deltas.formats import adapterhub, native, peft
+from deltas.formats.files import DeltaFiles, listed
+from deltas.formats.plan import Plan, execute
+from deltas.sites import BackboneSpec
+
+_CONFIG = "adapter_config.json"
+_OPENDELTA_CONFIG = "config.json"
+
+_EXPECTED = (
+    "expected one of: PEFT (adapter_config.json, adapter_model.safetensors), "
+    "AdapterHub (adapter_config.json, adapter.safetensors), native (delta.safetensors)"
+)
+
+# What the libraries and their trainers leave beside a delta. Never opened.
+_BESIDE = frozenset(
+    {
+        "README.md",
+        "LICENSE",
+        "LICENSE.txt",
+        "LICENSE.md",
+        ".gitattributes",
+        ".gitignore",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+        "training_args.bin",
+        "trainer_state.json",
+        "trainer_log.jsonl",
+        "all_results.json",
+        "train_results.json",
+        "eval_results.json",
+    }
+)
+
+_HEADS = frozenset({"head_config.json", "model_head.safetensors", "pytorch_model_head.bin"})
+_FUSIONS = frozenset(
+    {
+        "adapter_fusion_config.json",
+        "model_adapter_fusion.safetensors",
+        "pytorch_model_adapter_fusion.bin",
+        "adapter_setup.json",
+        "adapter_interface.json",
+    }
+)
+
+_Planner = Callable[[DeltaFiles, BackboneSpec], Plan]
+
+
+def read(files: DeltaFiles, spec: BackboneSpec) -> Delta:
+    """The delta in these files, in canonical form, checked against the backbone; tensors keep their dtype.
+
+    Configs and headers are checked first; tensors are loaded only when every one of them will be used.
+    Raises :class:`InvalidDelta` or :class:`UnsupportedDelta`, ``field`` naming the file, key or tensor.
+    """
+    planner, own = _detect(files)
+    _refuse_others(files, own)
+    delta = execute(planner(files, spec), files, spec)
+    if planner is native.plan:
+        stated = native.manifest(files.header(native.WEIGHTS)).get("digest")
+        if stated is not None:
+            native.verify(delta, stated)
+    return delta
+
+
+def _detect(files: DeltaFiles) -> tuple[_Planner, set[str]]:
+    """The reader for these files, and the names it reads."""
+    found: list[tuple[_Planner, set[str]]] = []
+    if native.WEIGHTS in files:
+        found.append((native.plan, {native.WEIGHTS}))
+    if _CONFIG in files:
+        config = files.json(_CONFIG)
+        if "peft_type" in config:
+            found.append((peft.plan, {_CONFIG, peft.WEIGHTS, peft.PICKLED}))
+        if "config" in config and ({"model_type", "hidden_size", "name"} & set(config)):
+            found.append((adapterhub.plan, {_CONFIG, adapterhub.WEIGHTS, adapterhub.PICKLED}))
+    if _OPENDELTA_CONFIG in files and "delta_type" in files.json(_OPENDELTA_CONFIG):
+        raise UnsupportedDelta("OpenDelta's files are not read yet", field=_OPENDELTA_CONFIG)
+    if len(found) != 1:
+        problem = "these files are several deltas at once" if found else "these files are not a known delta"
+        raise InvalidDelta(f"{problem}: {listed(files.names)}; {_EXPECTED}", field="file")
+    return found[0]
+
+
+def _refuse_others(files: DeltaFiles, own: set[str]) -> None:
+    for name in files.names:
+        if name in own or name in _BESIDE:
+            continue
+        if name in _HEADS:
+            raise UnsupportedDelta(
+                f"{name}: task heads are not served yet; save the adapter without one (save_adapter(..., "
+                "with_head=False)) or leave out the head's files",
+                field=name,
+            )
+        if name in _FUSIONS:
+            raise UnsupportedDelta(f"{name}: compositions of several adapters are not served", field=name)
+        raise InvalidDelta(f"{listed([name])} is not part of a delta; {_EXPECTED}", field="file")
+
+
+__all__ = ["DeltaFiles", "read"]

@@ -1,0 +1,106 @@
+"""The files of one upload, by the names their library gave them. The only place that opens them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deltas.errors import InvalidDelta, UnsupportedDelta
+from deltas.formats.header import Header, parse_json, read_header, shown
+
+MAX_JSON_BYTES = 1 << 20
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class DeltaFiles:
+    """Name -> path of every file received. Names are compared with known ones and never used as paths."""
+
+    def __init__(self, mapping: Mapping[str, Path]) -> None:
+        self._paths = dict(mapping)
+        self._headers: dict[str, Header] = {}
+        self._objects: dict[str, dict[str, Any]] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    @property
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._paths)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file of at most 1 MiB, parsed strictly. Raises :class:`InvalidDelta`."""
+        if name not in self._objects:
+            path = self._path(name)
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise InvalidDelta(f"{name} is larger than {MAX_JSON_BYTES} bytes", field=name)
+            self._objects[name] = parse_json(path.read_bytes(), name)
+        return self._objects[name]
+
+    def header(self, name: str) -> Header:
+        """Names, dtypes and shapes in a tensor file; reads its header only.
+
+        Raises :class:`InvalidDelta`, and :class:`UnsupportedDelta` for a pickled file: those are never opened
+        in this process. A conversion, in a process of its own, belongs here.
+        """
+        if name.endswith(_PICKLED):
+            raise UnsupportedDelta(
+                f"{name} is a pickled file, which is not accepted; save the delta again as safetensors "
+                "(PEFT: the default of save_pretrained; AdapterHub: save_adapter(..., use_safetensors=True))",
+                field=name,
+            )
+        if name not in self._headers:
+            self._headers[name] = read_header(self._path(name), name)
+        return self._headers[name]
+
+    def tensors(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors of a file whose header was checked, on the CPU, in memory of their own.
+
+        float64 comes back as float32 where that is exact, and is refused where it is not. A NaN or an
+        infinity anywhere is refused, naming the tensor.
+        """
+        header = self.header(name)
+        loaded: dict[str, Tensor] = {}
+        try:
+            with safe_open(str(self._path(name)), framework="pt", device="cpu") as file:
+                for key in keys:
+                    # A clone, since the file may go away and its pages with it.
+                    loaded[key] = file.get_tensor(key).clone()
+        except SafetensorError as error:
+            raise InvalidDelta(f"{name} is not a valid safetensors file: {error}", field=name) from None
+        for key, tensor in loaded.items():
+            info = header.tensors[key]
+            if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
+                raise InvalidDelta(f"{shown(key)} is not what the header says", field=key)
+            if not bool(torch.isfinite(tensor).all()):
+                raise InvalidDelta(f"{shown(key)} holds NaN or an infinity", field=key)
+            if tensor.dtype == torch.float64:
+                loaded[key] = _narrowed(key, tensor)
+        return loaded
+
+    def _path(self, name: str) -> Path:
+        if name not in self._paths:
+            raise InvalidDelta(f"{name} is missing; received: {listed(self.names)}", field=name)
+        return self._paths[name]
+
+
+def listed(names: Iterable[str], limit: int = 20) -> str:
+    """Names for a message, quoted, at most ``limit`` of them."""
+    every = list(names)
+    text = ", ".join(shown(name) for name in every[:limit])
+    return text if len(every) <= limit else f"{text} and {len(every) - limit} more"
+
+
+def _narrowed(key: str, tensor: Tensor) -> Tensor:
+    narrow = tensor.to(torch.float32)
+    if not torch.equal(narrow.to(torch.float64), tensor):
+        raise InvalidDelta(f"{shown(key)} is float64 and not exact in float32", field=key)
+    return narrow

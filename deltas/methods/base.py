@@ -1,0 +1,114 @@
+"""What a method is, and the checks that every method shares. Nothing here needs a tensor's values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deltas.delta import Component
+from deltas.errors import InvalidDelta
+from deltas.patches import Patch
+from deltas.sites import BackboneSpec, Site, SiteKind
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Canonical tensor name (``<site>/<parameter>``) -> shape, as a file's header says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A component as its files' configs and headers describe it, before any tensor is loaded."""
+
+    method: str
+    config: Mapping[str, Any]
+    shapes: Shapes
+
+
+class Method(Protocol):
+    """How one kind of delta was made. Everything but ``lower`` works before any tensor is loaded."""
+
+    @property
+    def name(self) -> str: ...
+
+    def normalise(self, config: Mapping[str, Any], /) -> dict[str, Any]:
+        """The component's config in canonical form: known keys only, numbers as floats.
+
+        Raises :class:`~deltas.errors.InvalidDelta` for unknown keys and wrong types.
+        """
+        ...
+
+    def check(self, outline: Outline, spec: BackboneSpec, /) -> None:
+        """Refuse tensors that do not fit this backbone. Raises ``InvalidDelta``/``UnsupportedDelta`` whose
+        ``field`` is the canonical tensor name."""
+        ...
+
+    def claims(self, outline: Outline, /) -> frozenset[str]:
+        """What only one component of a delta may hold, because two have no agreed meaning."""
+        ...
+
+    def rank(self, outline: Outline, /) -> int | None:
+        """The largest rank or bottleneck width, None where the method has neither."""
+        ...
+
+    def lower(self, component: Component, spec: BackboneSpec, /) -> list[Patch]:
+        """Patches in float32, contiguous, in the order of a forward pass."""
+        ...
+
+
+def by_site(
+    shapes: Shapes, required: tuple[str, ...], kinds: tuple[SiteKind, ...], spec: BackboneSpec
+) -> dict[Site, dict[str, tuple[int, ...]]]:
+    """Group shapes by site, in forward order, and refuse what does not belong.
+
+    Every site must exist, be of one of ``kinds`` and have exactly the ``required`` parameters.
+    """
+    grouped: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        site_name, _, parameter = name.rpartition("/")
+        site = spec.sites.get(site_name)
+        if site is None:
+            raise InvalidDelta(f"{name!r}: this backbone has no site {site_name!r}", field=name)
+        if site.kind not in kinds:
+            wanted = " or ".join(kinds)
+            raise InvalidDelta(f"{name!r}: {site_name} is a {site.kind} site, not {wanted}", field=name)
+        if parameter not in required:
+            raise InvalidDelta(f"{name!r}: unknown parameter; known: {', '.join(required)}", field=name)
+        grouped.setdefault(site_name, {})[parameter] = shape
+    for site_name, parameters in grouped.items():
+        missing = [f"{site_name}/{parameter}" for parameter in required if parameter not in parameters]
+        if missing:
+            raise InvalidDelta(f"missing tensors: {', '.join(missing)}", field=missing[0])
+    if not grouped:
+        raise InvalidDelta("a component without tensors changes nothing", field="components")
+    return {site: grouped[name] for name, site in spec.sites.items() if name in grouped}
+
+
+def expect(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse a shape that is not the expected one. In ``expected`` 0 stands for any size of 1 or more."""
+    fits = len(shape) == len(expected) and all(
+        size > 0 if wanted == 0 else size == wanted for size, wanted in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = "[" + ", ".join(str(size) if size else "n" for size in expected) + "]"
+        raise InvalidDelta(f"{name!r} has shape {list(shape)}, expected {wanted}", field=name)
+
+
+def only_keys(config: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Refuse unknown config keys, by name."""
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise InvalidDelta(f"unknown config key {unknown[0]!r}", field=unknown[0])
+
+
+def number(value: object, field: str) -> float:
+    """A finite number as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidDelta(f"{field} must be a number, not {type(value).__name__}", field=field)
+    try:
+        result = float(value)
+    except OverflowError:
+        raise InvalidDelta(f"{field} is too large", field=field) from None
+    if not math.isfinite(result):
+        raise InvalidDelta(f"{field} must be finite", field=field)
+    return result

@@ -1,0 +1,54 @@
+"""Prompt tuning: trained embeddings put before a row's own tokens, whose positions they shift.
+
+Canonical tensor ``embeddings`` ``[n, hidden]``; no config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from deltas.delta import Component
+from deltas.errors import InvalidDelta
+from deltas.methods.base import Outline, expect, only_keys
+from deltas.patches import Patch, SoftPrompt
+from deltas.sites import BackboneSpec
+
+POSITIONS = "positions"
+"""The claim of whatever shifts the positions of a row's own tokens."""
+
+
+class Prompt:
+    """A soft prompt."""
+
+    name = "prompt"
+
+    def normalise(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        only_keys(config, frozenset())
+        return {}
+
+    def check(self, outline: Outline, spec: BackboneSpec) -> None:
+        shapes = outline.shapes
+        unknown = sorted(set(shapes) - {"embeddings"})
+        if unknown:
+            raise InvalidDelta(f"{unknown[0]!r}: a soft prompt has only 'embeddings'", field=unknown[0])
+        if "embeddings" not in shapes:
+            raise InvalidDelta("missing tensor: embeddings", field="embeddings")
+        expect("embeddings", shapes["embeddings"], (0, spec.hidden))
+        length = shapes["embeddings"][0]
+        if length >= spec.max_positions:
+            raise InvalidDelta(
+                f"{length} virtual tokens leave no room in a context of {spec.max_positions}",
+                field="embeddings",
+            )
+
+    def claims(self, _outline: Outline) -> frozenset[str]:
+        return frozenset({POSITIONS})
+
+    def rank(self, _outline: Outline) -> int | None:
+        return None
+
+    def lower(self, component: Component, _spec: BackboneSpec) -> list[Patch]:
+        return [SoftPrompt(component.tensors["embeddings"].to(torch.float32).contiguous())]

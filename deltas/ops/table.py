@@ -1,0 +1,121 @@
+"""The patch table that the C kernel reads: one row of integers per (segment, site patch).
+
+A packed delta's own table is made once. A batch's is the segments' tables stacked, with each segment's token range
+filled in: one numpy operation whatever the number of deltas, so composing a batch stays cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from deltas.bank import PackedDelta, SitePatch
+from deltas.batch import Segment
+from deltas.ops import reference
+from deltas.ops.native import Kernels
+from deltas.patches import BlockInput
+
+Table = npt.NDArray[np.int64]
+
+ROW0, ROWS = 0, 1
+FIELDS = 11  # row0, rows, rank, down, down_bias, up, shift, out0, out, activation, reads: as in kernels.c
+READS = {None: 0, BlockInput.OUTPUT: 1, BlockInput.OUTPUT_AND_RESIDUAL: 2, BlockInput.RESIDUAL: 3}
+
+# A segment this long in one step is applied by ordinary GEMMs: there the kernel's dot products lose to oneDNN.
+WIDE_ROWS = 48
+
+
+def _entry(patch: SitePatch) -> list[int]:
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    return [
+        0,
+        0,
+        patch.rank,
+        address(patch.down),
+        address(patch.down_bias),
+        address(patch.up),
+        address(patch.shift),
+        patch.out0,
+        patch.out,
+        int(patch.activation),
+        READS[patch.reads],
+    ]
+
+
+class DeltaTables:
+    """The tables of packed deltas, each made at its first use and kept as long as the delta lives here."""
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self._tables: dict[int, tuple[PackedDelta, Table]] = {}
+
+    def of(self, delta: PackedDelta) -> Table:
+        """int64 ``[groups, entries, FIELDS]``; unused entries are zeros, which the kernel passes over."""
+        known = self._tables.get(id(delta))
+        if known is not None and known[0] is delta:
+            return known[1]
+        entries = max((len(patches) for patches in delta.patches.values()), default=1)
+        table: Table = np.zeros((self._groups, entries, FIELDS), dtype=np.int64)
+        for group, patches in delta.patches.items():
+            for j, patch in enumerate(patches):
+                table[group, j] = _entry(patch)
+        self._tables[id(delta)] = (delta, table)
+        return table
+
+    def forget(self, delta: PackedDelta) -> None:
+        """Called when a delta leaves the device."""
+        self._tables.pop(id(delta), None)
+
+
+@dataclass(frozen=True, eq=False)
+class NativePlan:
+    """Short segments by the C kernel, long ones by GEMMs. The segments keep their deltas alive."""
+
+    kernels: Kernels
+    tables: DeltaTables
+    narrow: Sequence[Segment]
+    wide: Sequence[Segment]
+
+    @cached_property
+    def _table(self) -> Table | None:
+        if not self.narrow:
+            return None
+        parts = []
+        for segment in self.narrow:
+            if segment.delta is None:
+                continue
+            part = self.tables.of(segment.delta).copy()
+            part[:, :, ROW0] = segment.row0
+            part[:, :, ROWS] = segment.rows
+            parts.append(part)
+        return np.ascontiguousarray(np.concatenate(parts, axis=1))
+
+    @cached_property
+    def _active(self) -> list[bool]:
+        table = self._table
+        if table is None:
+            return []
+        result: list[bool] = (table[:, :, 2:7] != 0).any(axis=(1, 2)).tolist()
+        return result
+
+    def active(self, group: int) -> bool:
+        if self._table is not None and self._active[group]:
+            return True
+        return any(s.delta is not None and group in s.delta.patches for s in self.wide)
+
+    def apply(self, group: int, x: Tensor, y: Tensor) -> None:
+        table = self._table
+        if table is not None and self._active[group]:
+            self.kernels.patch(table[group], x, y)
+        for segment in self.wide:
+            patches = segment.delta.patches.get(group) if segment.delta is not None else None
+            if patches:
+                rows = slice(segment.row0, segment.row0 + segment.rows)
+                reference.apply_wide(patches, x[rows], y[rows])

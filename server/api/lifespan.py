@@ -1,0 +1,147 @@
+"""From settings to running services, and back: what starts before the port opens, and what goes on behind
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from server import logging
+from server.api.services import Backbone, Services
+from server.config import Settings
+from server.engine.client import EngineClient
+from server.errors import DeltaserveError
+from server.metrics import Metrics
+from server.store.blobs import FileBlobs
+from server.store.connect import open_redis
+from server.store.deltas import DeltaStore
+from server.store.idempotency import IdempotencyStore
+from server.store.keys import Keys
+from server.store.registry import Registry
+from server.store.tenants import TenantStore
+from server.store.valkey import EmbeddedValkey
+from server.tenants.auth import Authenticator
+from server.tenants.secrets import admin_key, server_secret
+from server.types import BackboneInfo, EngineStats
+
+log = logging.get("server.api")
+
+
+@asynccontextmanager
+async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
+    """Everything the app needs. The engine is still loading on entry; ``watch_engine`` sees it through.
+
+    Raises ``OSError`` and the store's errors where the data folder or Redis cannot be used.
+    """
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        redis = await open_redis(await _redis_url(settings, stack))
+        stack.push_async_callback(redis.aclose)
+        keys = Keys()
+        tenants = TenantStore(redis, keys, await asyncio.to_thread(server_secret, settings.data_dir))
+        deltas = DeltaStore(Registry(redis, keys), FileBlobs(blob_folder(settings)))
+        for digest in await deltas.start():
+            log.info("unreferenced_blob_removed", digest=digest)
+        services = Services(
+            settings=settings,
+            deltas=deltas,
+            tenants=tenants,
+            authenticator=Authenticator(tenants, settings.admin_key or admin_key(settings.data_dir)[0]),
+            idempotency=IdempotencyStore(redis, keys),
+            engine=EngineClient(settings),
+            metrics=Metrics(),
+        )
+        await asyncio.to_thread(shutil.rmtree, services.upload_folder, ignore_errors=True)
+        background = Background()
+        stack.push_async_callback(background.stop)
+        services.engine.on_stats = stats_handler(services, background)
+        await services.engine.start()
+        stack.push_async_callback(services.engine.stop)
+        background.start(watch_engine(services))
+        yield services
+
+
+class Background:
+    """Tasks beside the requests; their failures are logged, their ends awaited."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def stop(self) -> None:
+        """Cancel what still runs."""
+        tasks = [*self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background_task_failed", exc_info=error)
+
+
+async def watch_engine(services: Services) -> None:
+    """Wait for the engine's first readiness and complete ``services``; note why if it never comes."""
+    try:
+        info = await services.engine.wait_ready()
+        services.resident = await asyncio.to_thread(_describe, info)
+    except DeltaserveError as error:
+        services.state.fail(error.message)
+        return
+    log.info("ready", backbone=info.name, device=info.device, dtype=info.dtype)
+    if services.on_ready is not None:
+        services.on_ready(services.resident)
+
+
+def stats_handler(services: Services, background: Background) -> Callable[[EngineStats], None]:
+    """What to do with the engine's reports: metrics, and the registry's note of quarantined deltas."""
+
+    def take(stats: EngineStats) -> None:
+        for digest in services.metrics.apply_stats(stats, services.engine.restarts):
+            log.error("delta_quarantined", digest=digest)
+            background.start(_quarantine(services, digest))
+
+    return take
+
+
+async def _quarantine(services: Services, digest: str) -> None:
+    await services.registry.quarantine(digest, "its computation failed")
+
+
+def blob_folder(settings: Settings) -> Path:
+    """Where tensors live: the folder of ``--blob-url``, else one in the data folder."""
+    if settings.blob_url is None:
+        return settings.data_dir / "blobs"
+    return Path(unquote(urlsplit(settings.blob_url).path))
+
+
+def _describe(info: BackboneInfo) -> Backbone:
+    """Site table and tokenizer of the resident backbone. Blocking: imports transformers, reads files."""
+    from transformers import AutoConfig  # seconds to import: not before the port is open
+
+    from deltas.backbones import describe
+    from server.engine.tokenizer import Tokenizer
+
+    config = AutoConfig.from_pretrained(info.folder, local_files_only=True)
+    return Backbone(info, describe(config, info.revision), Tokenizer(Path(info.folder)))
+
+
+async def _redis_url(settings: Settings, stack: AsyncExitStack) -> str:
+    if settings.redis_url is not None:
+        return settings.redis_url
+    valkey = EmbeddedValkey(settings.data_dir / "valkey")
+    url = await valkey.start()
+    stack.push_async_callback(valkey.stop)
+    return url

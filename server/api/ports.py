@@ -1,0 +1,75 @@
+"""What the api needs of the engine and of the tokenizer, as protocols: routes are tested against small
+stand-ins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from server.types import BackboneInfo, DeltaRef, EngineStats, SamplingParams, TokenEvent
+
+
+class Detokenizer(Protocol):
+    """Token ids in, text out, never half a character."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these ids complete; what may still change is kept back."""
+
+    def flush(self) -> str:
+        """The text still kept back, once no id follows."""
+
+
+class Tokenizer(Protocol):
+    """The backbone's own tokenizer and chat template."""
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]: ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The chat template applied to messages. Raises ``InvalidRequest`` where the template refuses."""
+
+    def detokenizer(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> Detokenizer:
+        """For one row. ``context`` is what its tokens follow, where they go on with its text."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text; U+FFFD stands where it holds part of a character."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for."""
+
+
+class Engine(Protocol):
+    """The only door to the engine process (``server/engine/client.py``)."""
+
+    on_stats: Callable[[EngineStats], None] | None
+    restarts: int
+
+    @property
+    def info(self) -> BackboneInfo | None: ...
+
+    @property
+    def not_ready(self) -> str | None: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def wait_ready(self) -> BackboneInfo: ...
+
+    def generate(
+        self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
+    ) -> AsyncGenerator[TokenEvent, None]: ...
+
+    async def load(self, delta: DeltaRef) -> None: ...
+
+    def drop(self, digest: str) -> None: ...

@@ -1,0 +1,97 @@
+"""Prompts to token ids, within the backbone's context, and requests to the engine's sampling parameters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TypeVar
+
+from server.api.ports import Tokenizer
+from server.api.schemas import GenerationRequest, Message
+from server.api.services import Backbone
+from server.errors import ContextTooLong, InvalidRequest
+from server.types import SamplingParams
+
+Number = TypeVar("Number", int, float)
+
+_INLINE_CHARS = 4096  # longer texts are tokenized in a thread, so that they hold up nobody's tokens
+
+
+async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """A text's token ids."""
+    if len(text) <= _INLINE_CHARS:
+        return tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+
+
+async def render(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
+) -> list[int]:
+    """The chat template's token ids for these messages."""
+    plain = [message.plain() for message in messages]
+    if sum(len(message["content"]) for message in plain) <= _INLINE_CHARS:
+        return tokenizer.render(plain, None, add_generation_prompt)
+    return await asyncio.to_thread(tokenizer.render, plain, None, add_generation_prompt)
+
+
+def check_ids(ids: Sequence[int], backbone: Backbone, param: str) -> None:
+    """Raises ``InvalidRequest`` for a token id that the backbone does not have."""
+    if ids and max(ids) >= backbone.spec.vocab:
+        raise InvalidRequest(
+            f"Token id {max(ids)} is outside the backbone's vocabulary of {backbone.spec.vocab}.", param=param
+        )
+
+
+def room(prompt: Sequence[int], backbone: Backbone, param: str) -> int:
+    """How many tokens may follow ``prompt``. Raises ``ContextTooLong`` if none, ``InvalidRequest`` if it is
+    empty.
+    """
+    if not prompt:
+        raise InvalidRequest("The prompt has no tokens.", param=param)
+    limit = backbone.info.max_model_len
+    if len(prompt) >= limit:
+        raise ContextTooLong(
+            f"This model's maximum context length is {limit} tokens, of which at least one is generated; "
+            f"the prompt has {len(prompt)}.",
+            param=param,
+        )
+    return limit - len(prompt)
+
+
+def sampling(
+    request: GenerationRequest,
+    backbone: Backbone,
+    *,
+    max_tokens: int,
+    copy: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The engine's parameters for the ``copy``-th of a prompt's ``n`` rows (each has its own seed)."""
+    bias = {int(key): value for key, value in (request.logit_bias or {}).items()}
+    check_ids(list(bias), backbone, "logit_bias")
+    stop_ids = request.stop_token_ids or []
+    check_ids(stop_ids, backbone, "stop_token_ids")
+    if request.min_tokens and request.max_tokens is not None and request.min_tokens > request.max_tokens:
+        raise InvalidRequest("'min_tokens' is larger than 'max_tokens'.", param="min_tokens")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min(request.min_tokens or 0, max_tokens),
+        temperature=_given(request.temperature, 1.0),
+        top_p=_given(request.top_p, 1.0),
+        top_k=max(_given(request.top_k, 0), 0),
+        min_p=_given(request.min_p, 0.0),
+        presence_penalty=_given(request.presence_penalty, 0.0),
+        frequency_penalty=_given(request.frequency_penalty, 0.0),
+        repetition_penalty=_given(request.repetition_penalty, 1.0),
+        logit_bias=bias,
+        seed=None if request.seed is None else (request.seed + copy) % 2**63,
+        stop_token_ids=list(stop_ids),
+        ignore_eos=bool(request.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value

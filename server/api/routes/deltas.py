@@ -1,0 +1,122 @@
+"""``/v1/deltas``: upload, versions, aliases, content, deletion."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from deltas.formats import native
+from server.api import idempotency, uploads
+from server.api.auth import Caller, Served, authenticate
+from server.api.body import read_json
+from server.api.delta_objects import TarOfOne, delta_object
+from server.api.multipart import receive_form
+from server.api.paging import After, Limit, listing
+from server.api.schemas import AliasRequest
+from server.api.services import Services
+from server.errors import InvalidRequest
+from server.types import LIVE, DeltaRecord
+
+
+def _kind(request: Request) -> None:
+    request.state.kind = "delta"
+
+
+router = APIRouter(prefix="/v1/deltas", dependencies=[Depends(authenticate), Depends(_kind)])
+
+Version = Annotated[int, Path(ge=1, lt=2**53)]
+
+
+@router.post("")
+async def upload(request: Request, services: Served, caller: Caller) -> Response:
+    """A new version from files: 201; 200 with the existing version where the content is the same."""
+    services.accept_work()
+    async with uploads.upload_folder(services) as folder:
+        form = await receive_form(request, folder, services.settings.max_upload_bytes)
+
+        async def make() -> tuple[int, dict[str, object]]:
+            record, created = await uploads.store(services, caller, form, folder)
+            return 201 if created else 200, await _shown(services, record)
+
+        return await idempotency.once(request, services, caller.tenant, form.fingerprint, make)
+
+
+@router.get("")
+async def list_deltas(services: Served, caller: Caller, after: After = None, limit: Limit = 20) -> Response:
+    """The caller's deltas, oldest first, each by its live version. ``after`` is the last name seen."""
+    page = await services.registry.list(caller.tenant, after, limit)
+    names = [record.name for record in page.items]
+    aliases = await services.registry.aliases_of(caller.tenant, names)
+    return listing([delta_object(item, aliases[item.name]) for item in page.items], page.has_more)
+
+
+@router.get("/{name}")
+async def get_delta(name: str, services: Served, caller: Caller) -> Response:
+    """The live version."""
+    record = await services.registry.resolve(caller.tenant, f"{name}@{LIVE}")
+    return JSONResponse(await _shown(services, record))
+
+
+@router.get("/{name}/versions")
+async def list_versions(name: str, services: Served, caller: Caller) -> Response:
+    """Every version, oldest first."""
+    records = await services.registry.versions(caller.tenant, name)
+    aliases = await services.registry.aliases(caller.tenant, name)
+    return listing([delta_object(record, aliases) for record in records])
+
+
+@router.get("/{name}/versions/{version}")
+async def get_version(name: str, version: Version, services: Served, caller: Caller) -> Response:
+    """One version."""
+    record = await services.registry.get(caller.tenant, name, version)
+    return JSONResponse(await _shown(services, record))
+
+
+@router.get("/{name}/versions/{version}/content")
+async def get_content(
+    name: str,
+    version: Version,
+    services: Served,
+    caller: Caller,
+    form: Annotated[str, Query(alias="format", max_length=32)] = "native",
+) -> Response:
+    """A tar of the native file."""
+    if form != "native":
+        raise InvalidRequest("Only the native format is served yet.", param="format")
+    record = await services.registry.get(caller.tenant, name, version)
+    return TarOfOne(
+        services.blobs.path(record.digest),
+        native.WEIGHTS,
+        f"{name}-{version}.tar",
+        record.created_at,
+        {"x-delta-digest": record.digest},
+    )
+
+
+@router.put("/{name}/aliases/{alias}")
+async def put_alias(name: str, alias: str, request: Request, services: Served, caller: Caller) -> Response:
+    """Point an alias at a version, at once for every request that comes after."""
+    body = await read_json(request, AliasRequest)
+    await services.registry.set_alias(caller.tenant, name, alias, body.version)
+    record = await services.registry.get(caller.tenant, name, body.version)
+    return JSONResponse(await _shown(services, record))
+
+
+@router.delete("/{name}")
+async def delete_delta(name: str, services: Served, caller: Caller) -> Response:
+    """Delete every version. Running requests finish."""
+    await uploads.remove(services, caller.tenant, name, None)
+    return JSONResponse({"id": name, "object": "delta", "deleted": True})
+
+
+@router.delete("/{name}/versions/{version}")
+async def delete_version(name: str, version: Version, services: Served, caller: Caller) -> Response:
+    """Delete one version. Running requests finish."""
+    await uploads.remove(services, caller.tenant, name, version)
+    return JSONResponse({"id": f"{name}@{version}", "object": "delta", "deleted": True})
+
+
+async def _shown(services: Services, record: DeltaRecord) -> dict[str, object]:
+    return delta_object(record, await services.registry.aliases(record.tenant, record.name))

@@ -1,0 +1,92 @@
+"""What the client commands share: where the server is, the key, and answers or plain error lines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import httpx
+import typer
+from rich.console import Console
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_FILE = Path("data/admin.key")
+
+Url = Annotated[str, typer.Option("--url", envvar="DELTASERVE_URL", help="The server's address.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key", envvar="DELTASERVE_API_KEY", help="Your key (default: ./data/admin.key, if readable)."
+    ),
+]
+
+console = Console()
+
+
+def fail(message: str) -> NoReturn:
+    """Print a message and exit with 1."""
+    typer.secho(message, err=True, fg="red")
+    raise typer.Exit(1)
+
+
+def find_key(key: str | None) -> str:
+    """The key given, else that of a server started in this folder."""
+    if key:
+        return key
+    if os.access(KEY_FILE, os.R_OK):
+        return KEY_FILE.read_text().strip()
+    fail(f"no key: give --key, set DELTASERVE_API_KEY, or run this where {KEY_FILE} is")
+
+
+class Client:
+    """One server, reached with one key."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self._url = url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=self._url,
+            headers={"authorization": f"Bearer {find_key(key)}"},
+            timeout=httpx.Timeout(30.0, read=600.0, write=600.0),
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """The answer. An error of the server or of the network ends the command with its message and code
+        1.
+        """
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx.HTTPError as error:
+            fail(f"cannot reach {self._url}: {error}")
+        if response.is_error:
+            fail(_message(response))
+        return response
+
+    def json(self, method: str, path: str, **arguments: Any) -> Any:
+        """As ``call``, the body parsed."""
+        return self.call(method, path, **arguments).json()
+
+    def pages(self, path: str) -> list[dict[str, Any]]:
+        """All items of a list, whose names page through it."""
+        items: list[dict[str, Any]] = []
+        more = True
+        while more:
+            after = {"after": items[-1]["name"]} if items else {}
+            page = self.json("GET", path, params={"limit": 100, **after})
+            items += page["data"]
+            more = page["has_more"] and bool(page["data"])
+        return items
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return f"{error['message']} ({response.status_code} {error['code']})"
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {response.status_code}"

@@ -1,0 +1,104 @@
+"""Puts the engine together inside its process: backbone, KV, residency, scheduler, runner."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from deltas.errors import UnsupportedBackbone
+from deltas.ops import Mode
+from server.engine import backbone as backbones
+from server.engine.engine import Engine
+from server.engine.kv import SlotKV, token_bytes
+from server.engine.messages import Progress, Reply
+from server.engine.process import EngineConfig
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.engine.tokenizer import Tokenizer
+from server.errors import InvalidRequest
+from server.types import BackboneInfo
+
+CPU_KV_SHARE = 0.3  # of the memory that is free when the backbone is loaded
+GPU_KV_SHARE = 0.7
+
+
+def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine:
+    """Finds, checks and loads the backbone, and makes the engine around it.
+
+    Raises :class:`server.errors.InvalidRequest` for settings that cannot work, before weights are read where possible.
+    """
+    data_dir = Path(config.data_dir)
+    located = backbones.prepared(backbones.locate(config.backbone, config.backbone_name), data_dir)
+    backbones.family(located)
+    device = backbones.choose_device(config.device)
+    dtype = backbones.choose_dtype(config.dtype, device)
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    send(Progress("preparing the backbone"))
+    folder = backbones.prepare(located, data_dir, lambda reason: send(Progress(reason)))
+    send(Progress(f"loading {located.name} as {str(dtype)[6:]} on {device}"))
+    try:
+        backbone = backbones.load(located.name, folder, device, dtype)
+    except UnsupportedBackbone as error:
+        raise InvalidRequest(str(error), param="backbone") from error
+    context = backbone.spec.max_positions
+    if config.max_model_len is not None and config.max_model_len > context:
+        raise InvalidRequest(
+            f"--max-model-len {config.max_model_len} is beyond the backbone's {context} positions",
+            param="max_model_len",
+        )
+    capacity = config.max_model_len or context
+    per_token = token_bytes(backbone.spec, dtype)
+    kv_bytes = config.kv_bytes or _free_bytes(device)
+    kv_tokens = kv_bytes // per_token
+    if kv_tokens < capacity:
+        raise InvalidRequest(
+            f"{kv_bytes} bytes for keys and values hold {kv_tokens} tokens, fewer than one row of {capacity}: "
+            "lower --max-model-len or raise --kv-bytes",
+            param="kv_bytes",
+        )
+    # mapped memory is committed as it is written, so on a CPU slots may promise more than the budget
+    rows = (
+        config.max_rows if device.type == "cpu" else max(1, min(config.max_rows, kv_tokens // capacity - 1))
+    )
+    kv = SlotKV(backbone.spec, rows + 1, capacity, dtype, device)
+    runner = Runner(backbone, kv, scratch_slot=rows, mode=cast("Mode | None", config.ops_mode))
+    scheduler = Scheduler(
+        max_rows=rows,
+        slot_tokens=capacity,
+        kv_tokens=min(kv_tokens, rows * capacity),
+        prefill_tokens=config.prefill_tokens,
+        max_waiting=config.max_waiting,
+    )
+    tokenizer = Tokenizer(folder)
+    info = BackboneInfo(
+        name=backbone.name,
+        folder=str(folder),
+        family=backbone.spec.family,
+        revision=backbone.spec.revision,
+        dtype=str(dtype)[6:],
+        device=str(device),
+        parameters=backbone.parameters,
+        max_model_len=capacity,
+        max_rows=rows,
+        eos_token_ids=sorted(tokenizer.eos_token_ids),
+    )
+    return Engine(
+        info=info,
+        runner=runner,
+        scheduler=scheduler,
+        send=send,
+        delta_bytes=config.delta_bytes,
+        host_delta_bytes=config.host_delta_bytes,
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_KV_SHARE)
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(pages * CPU_KV_SHARE)

@@ -1,0 +1,239 @@
+"""The only door to the engine: starts and supervises its process, and speaks to it for the api process.
+
+If the engine dies, every running request ends in :class:`EngineRestarting` at once and a new process is started,
+with a growing pause if it keeps dying. Deltas come back by themselves: requests carry where their delta lies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import sys
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
+import structlog
+
+from server.config import Settings
+from server.engine.messages import (
+    Cancel,
+    Drop,
+    Failed,
+    Fatal,
+    Load,
+    Loaded,
+    Progress,
+    Ready,
+    Reply,
+    Stats,
+    Step,
+    Submit,
+)
+from server.engine.process import EngineConfig, python_path
+from server.engine.wire import ApiSide
+from server.errors import (
+    ContextTooLong,
+    DeltaRefused,
+    DeltaserveError,
+    EngineRestarting,
+    InvalidRequest,
+    RowFailed,
+    Unavailable,
+)
+from server.types import BackboneInfo, DeltaRef, EngineStats, SamplingParams, TokenEvent
+
+log = structlog.get_logger(__name__)
+
+ERRORS: dict[str, type[DeltaserveError]] = {
+    cls.code: cls for cls in (ContextTooLong, DeltaRefused, InvalidRequest, RowFailed, Unavailable)
+}
+STOP_SECONDS = 5.0
+LONGEST_PAUSE = 30.0
+
+_Event = TokenEvent | DeltaserveError | None
+
+
+class EngineClient:
+    """One engine process and the requests that run on it."""
+
+    def __init__(self, settings: Settings, *, ops_mode: str | None = None) -> None:
+        self._config = EngineConfig(
+            ops_mode=ops_mode,
+            data_dir=str(settings.data_dir),
+            **{
+                name: getattr(settings, name)
+                for name in EngineConfig.__struct_fields__
+                if name not in ("data_dir", "ops_mode")
+            },
+        )
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Queue[_Event]] = {}
+        self._side: ApiSide | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+        self._reason = "the engine has not been started"
+        self.info: BackboneInfo | None = None
+        self.fatal: str | None = None
+        self.restarts = 0
+        self.on_stats: Callable[[EngineStats], None] | None = None
+
+    async def start(self) -> None:
+        """Starts the process and its supervision; returns at once. :meth:`wait_ready` waits."""
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+
+    async def stop(self) -> None:
+        """Ends the process. Running requests end in an error: drain first."""
+        self._reason = "the server is stopping"
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._supervisor = None
+
+    async def wait_ready(self) -> BackboneInfo:
+        """Waits until the backbone is resident. Raises :class:`Unavailable` if it never will be."""
+        await self._ready.wait()
+        if self.fatal is not None or self.info is None:
+            raise Unavailable(self.fatal or self._reason)
+        return self.info
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why requests cannot run now, or None when they can."""
+        return None if self._side is not None and self._ready.is_set() and not self.fatal else self._reason
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    async def generate(
+        self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """Runs one row. Closing the generator frees it; every other end is a finish reason or an exception."""
+        async with self._conversation() as (request_id, side, events):
+            side.send(Submit(request_id, tenant, prompt, delta, sampling))
+            ended = False
+            try:
+                while not ended:
+                    event = await events.get()
+                    if isinstance(event, DeltaserveError):
+                        ended = True
+                        raise event
+                    if event is not None:
+                        ended = event.finish_reason is not None
+                        yield event
+            finally:
+                if not ended:
+                    side.send(Cancel(request_id))
+
+    async def load(self, delta: DeltaRef) -> None:
+        """Brings a delta to the device now. Raises :class:`DeltaRefused` if it cannot be."""
+        async with self._conversation() as (request_id, side, events):
+            side.send(Load(request_id, delta))
+            event = await events.get()
+            if isinstance(event, DeltaserveError):
+                raise event
+
+    def drop(self, digest: str) -> None:
+        """Forgets a delta in every tier, once its running rows are done."""
+        if self._side is not None:
+            self._side.send(Drop(digest))
+
+    @contextlib.asynccontextmanager
+    async def _conversation(self) -> AsyncGenerator[tuple[int, ApiSide, asyncio.Queue[_Event]], None]:
+        side = self._side
+        if side is None or self.not_ready is not None:
+            raise EngineRestarting(self._reason)
+        request_id = next(self._ids)
+        events: asyncio.Queue[_Event] = asyncio.Queue()
+        self._waiting[request_id] = events
+        try:
+            yield request_id, side, events
+        finally:
+            self._waiting.pop(request_id, None)
+
+    # -- supervision -------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        pause = 0.0
+        while self.fatal is None:
+            try:
+                was_ready = await self._run_once()
+            finally:
+                await self._end_process()
+            pause = 0.0 if was_ready else min(LONGEST_PAUSE, pause * 2 or 1.0)
+            if self.fatal is None:
+                self.restarts += 1
+                log.error("engine died", restarts=self.restarts, restarting_in=pause)
+                await asyncio.sleep(pause)
+
+    async def _run_once(self) -> bool:
+        """Starts a process and serves its messages until it is gone. Was it ever ready?"""
+        ours, theirs = socket.socketpair()
+        self._reason = "the engine is starting"
+        try:
+            environment = os.environ | {"PYTHONPATH": python_path()}
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "server.engine.process",
+                str(theirs.fileno()),
+                msgspec.json.encode(self._config).decode(),
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        finally:
+            theirs.close()
+        side = ApiSide(*await asyncio.open_unix_connection(sock=ours))
+        try:
+            while (reply := await side.receive()) is not None:
+                if isinstance(reply, Ready):
+                    self.info, self._side = reply.info, side
+                    self._ready.set()
+                else:
+                    self._take(reply)
+            return self._side is not None
+        finally:
+            await side.close()
+
+    def _take(self, reply: Reply) -> None:
+        match reply:
+            case Step(events):
+                for request_id, event in events:
+                    if (queue := self._waiting.get(request_id)) is not None:
+                        queue.put_nowait(event)
+            case Failed(request_id, code, message):
+                if (queue := self._waiting.get(request_id)) is not None:
+                    queue.put_nowait(ERRORS.get(code, RowFailed)(message))
+            case Loaded(request_id):
+                if (queue := self._waiting.get(request_id)) is not None:
+                    queue.put_nowait(None)
+            case Stats(stats):
+                if self.on_stats is not None:
+                    self.on_stats(stats)
+            case Progress(reason):
+                self._reason = f"the engine is starting: {reason}"
+            case Fatal(message):
+                self.fatal = self._reason = message
+                self._ready.set()
+
+    async def _end_process(self) -> None:
+        self._side = None
+        if self.fatal is None:
+            self._ready.clear()
+            self._reason = "the engine is restarting"
+        for queue in self._waiting.values():
+            queue.put_nowait(EngineRestarting("the engine stopped while it ran this request; send it again"))
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            try:
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+            except TimeoutError:
+                process.kill()
+                await process.wait()

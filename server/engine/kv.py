@@ -1,0 +1,157 @@
+"""Keys and values by slot: one row of the batch owns one slot of fixed capacity, and attends to it in place.
+
+On a CPU the memory is mapped but not touched until it is written, so a large capacity costs nothing until rows are
+long; a slot that held a long row gives its pages back.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltas.ops.native import Kernels
+from deltas.sites import BackboneSpec
+
+RETURN_PAGES_ABOVE = 1024  # tokens: below this, keeping the pages costs less than faulting them in again
+
+
+class SlotKV:
+    """``slots`` x ``capacity`` tokens of keys and values, ``[slots, layers, 2, kv_heads, capacity, head_dim]``."""
+
+    def __init__(
+        self, spec: BackboneSpec, slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (slots, spec.layers, 2, spec.kv_heads, capacity, spec.head_dim)
+        self.capacity = capacity
+        self._map: mmap.mmap | None = None
+        self._slot_bytes = token_bytes(spec, dtype) * capacity
+        if device.type == "cpu":
+            self._slot_bytes = -(-self._slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._map = mmap.mmap(-1, self._slot_bytes * slots)
+            flat = torch.frombuffer(self._map, dtype=dtype)
+            inner = torch.empty(shape[1:], device="meta").stride()
+            self.data = flat.as_strided(shape, (self._slot_bytes // dtype.itemsize, *inner))
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = [self.data[:, layer, 0] for layer in range(spec.layers)]
+        self.values = [self.data[:, layer, 1] for layer in range(spec.layers)]
+
+    def put_prefix(self, slot: int, prefix: Tensor) -> None:
+        """Copies a delta's keys and values ``[layers, 2, kv_heads, n, head_dim]`` to the start of a slot."""
+        self.data[slot, :, :, :, : prefix.shape[3]].copy_(prefix)
+
+    def read_prefix(self, slot: int, length: int) -> Tensor:
+        """A copy of the first ``length`` tokens of a slot, ``[layers, 2, kv_heads, length, head_dim]``."""
+        return self.data[slot, :, :, :, :length].clone()
+
+    def release(self, slot: int, length: int) -> None:
+        """A row of ``length`` tokens left its slot."""
+        if self._map is not None and length > RETURN_PAGES_ABOVE:
+            self._map.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
+
+
+def token_bytes(spec: BackboneSpec, dtype: torch.dtype) -> int:
+    """What one token's keys and values take in all layers."""
+    return spec.layers * 2 * spec.kv_heads * spec.head_dim * dtype.itemsize
+
+
+class Attention:
+    """One forward's attention over slots, for packed tokens: decode rows first, then prefill chunks.
+
+    Rows are given in packed order. ``starts[i]`` is how many keys row i's slot held before this forward (prefix
+    included), ``counts[i]`` how many tokens it adds now. The tensors are on the KV's device.
+    """
+
+    def __init__(
+        self,
+        kv: SlotKV,
+        kernels: Kernels | None,
+        slots: list[int],
+        starts: list[int],
+        counts: list[int],
+    ) -> None:
+        self.kv = kv
+        self.kernels = kernels
+        device = kv.data.device
+        self.rows = list(zip(slots, starts, counts, strict=True))
+        self.slots = torch.tensor(slots, device=device)
+        self.ends = torch.tensor([s + c for s, c in zip(starts, counts, strict=True)], device=device)
+        if all(count == 1 for count in counts):
+            self.token_slots, self.token_positions = self.slots, self.ends - 1
+        else:
+            self.token_slots = torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=device)
+            self.token_positions = torch.tensor(
+                [p for _, b, c in self.rows for p in range(b, b + c)], device=device
+            )
+        # runs of single-token rows are served at once; anything longer row by row
+        self.pieces: list[tuple[int, int, int]] = []  # (first row, rows, first token)
+        token = 0
+        for i, count in enumerate(counts):
+            if count == 1 and self.pieces and counts[i - 1] == 1:
+                first, rows, at = self.pieces[-1]
+                self.pieces[-1] = (first, rows + 1, at)
+            else:
+                self.pieces.append((i, 1, token))
+            token += count
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """``q`` ``[tokens, heads, head_dim]``, ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` -> as ``q``, contiguous."""
+        keys, values = self.kv.keys[layer], self.kv.values[layer]
+        if self.kernels is not None:
+            self.kernels.kv_write(k, v, keys, values, self.token_slots, self.token_positions)
+        else:
+            keys[self.token_slots, :, self.token_positions] = k
+            values[self.token_slots, :, self.token_positions] = v
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for first, rows, token in self.pieces:
+            slot, start, count = self.rows[first]
+            if rows == 1 and count > 1:
+                part = slice(token, token + count)
+                out[part] = self._chunk(q[part], keys[slot], values[slot], start, count, scale)
+                continue
+            part, which = slice(token, token + rows), slice(first, first + rows)
+            if self.kernels is not None:
+                self.kernels.decode_attention(
+                    q[part], keys, values, self.slots[which], self.ends[which], scale, out[part]
+                )
+            else:
+                longest = max(start + count for _, start, count in self.rows[which])
+                out[part] = self._decode(q[part], keys, values, which, longest, scale)
+        return out
+
+    def _chunk(self, q: Tensor, keys: Tensor, values: Tensor, start: int, count: int, scale: float) -> Tensor:
+        """Causal attention of ``count`` tokens of one row that follow ``start`` cached ones."""
+        end = start + count
+        mask = None
+        if start:
+            mask = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(start)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys[None, :, :end],
+            values[None, :, :end],
+            attn_mask=mask,
+            is_causal=start == 0,
+            scale=scale,
+            enable_gqa=q.shape[1] != keys.shape[0],
+        )
+        return attended[0].transpose(0, 1)
+
+    def _decode(
+        self, q: Tensor, keys: Tensor, values: Tensor, which: slice, longest: int, scale: float
+    ) -> Tensor:
+        """One token a row against its slot, in plain torch: gathered to the longest row and masked."""
+        rows, heads, width = q.shape
+        kv_heads = keys.shape[1]
+        slots = self.slots[which]
+        k = keys[slots, :, :longest]
+        v = values[slots, :, :longest]
+        grouped = q.view(rows, kv_heads, heads // kv_heads, width)
+        scores = torch.matmul(grouped, k.transpose(2, 3)).float() * scale
+        hidden = torch.arange(longest, device=q.device) >= self.ends[which, None]
+        weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).to(q.dtype)
+        # a released slot may hold anything beyond the row's end; 0 * NaN would let it through
+        v = v.masked_fill(hidden[:, None, :, None], 0)
+        return torch.matmul(weights, v).reshape(rows, heads, width)

@@ -1,0 +1,96 @@
+"""What the api process and the engine process say to each other: msgpack frames over a local socket.
+
+Each frame is a 4-byte little-endian length and a msgpack-encoded tagged struct. The api process is the only
+client. Every ``Submit`` is answered by zero or more ``Step`` entries and exactly one end: an event with a finish
+reason, or ``Failed``; ``Cancel`` makes the end silent.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from server.types import BackboneInfo, DeltaRef, EngineStats, SamplingParams, TokenEvent
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True):
+    """A row to run. ``id`` is the client's, unique while it lives."""
+
+    id: int
+    tenant: str
+    prompt: list[int]
+    delta: DeltaRef | None
+    sampling: SamplingParams
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+    """Nobody waits for this row any more."""
+
+    id: int
+
+
+class Drop(msgspec.Struct, tag="drop", frozen=True):
+    """Forget a delta in every tier, once no running row uses it."""
+
+    digest: str
+
+
+class Load(msgspec.Struct, tag="load", frozen=True):
+    """Bring a delta onto the device (ahead of use, or to check it). Answered by ``Loaded`` or ``Failed``."""
+
+    id: int
+    delta: DeltaRef
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """Leave at once; the client has drained already."""
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """The backbone is resident."""
+
+    info: BackboneInfo
+
+
+class Progress(msgspec.Struct, tag="progress", frozen=True):
+    """Why the engine is not ready yet."""
+
+    reason: str
+
+
+class Step(msgspec.Struct, tag="step", frozen=True):
+    """One step's events, by row id."""
+
+    events: list[tuple[int, TokenEvent]]
+
+
+class Loaded(msgspec.Struct, tag="loaded", frozen=True):
+    """Answer to ``Load``."""
+
+    id: int
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """A row or a load that ended in an error. ``code`` is one of the codes in ``server/errors.py``."""
+
+    id: int
+    code: str
+    message: str
+
+
+class Fatal(msgspec.Struct, tag="fatal", frozen=True):
+    """The engine cannot start (a bad backbone, no memory); restarting would not help."""
+
+    message: str
+
+
+class Stats(msgspec.Struct, tag="stats", frozen=True):
+    """Gauges and counts."""
+
+    stats: EngineStats
+
+
+Request = Submit | Cancel | Drop | Load | Shutdown
+Reply = Ready | Progress | Step | Loaded | Failed | Fatal | Stats
+
+HEADER_BYTES = 4
+MAX_FRAME_BYTES = 1 << 28

@@ -1,0 +1,227 @@
+"""Tiers: which deltas are on the device, which on the host, which only on disk.
+
+Loading never happens on the step loop: a small pool of threads reads, checks and packs a delta once however many
+rows ask for it; the loop collects what is done and puts it on the device if its budget has room. A row whose delta is
+not there is skipped by the scheduler, never waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from deltas import methods
+from deltas.bank import PackedDelta, pack
+from deltas.errors import DeltaError
+from deltas.formats import native
+from deltas.sites import BackboneSpec
+from server.types import DeltaRef
+
+LOADERS = 2
+
+
+@dataclass(frozen=True)
+class LoadFailure:
+    """A delta that could not be brought to the device."""
+
+    digest: str
+    message: str
+
+
+@dataclass(eq=False)
+class _Resident:
+    delta: PackedDelta
+    references: int = 0
+
+
+@dataclass
+class Counts:
+    """Cumulative, but for ``seconds``, which the reader empties."""
+
+    from_host: int = 0
+    from_disk: int = 0
+    failures: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
+class Residency:
+    """Device and host tiers with byte budgets, both least-recently-used. Owned by the step loop.
+
+    ``finish`` turns a packed delta into what is kept on the device (a soft prompt's keys and values are computed
+    there); ``forget`` hears of every delta that leaves; ``wake`` is called from a loader thread when it has a result.
+    """
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        device_bytes: int,
+        host_bytes: int,
+        finish: Callable[[PackedDelta], PackedDelta],
+        forget: Callable[[PackedDelta], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._spec, self._dtype, self._device = spec, dtype, device
+        self._device_bytes, self._host_bytes = device_bytes, host_bytes
+        self._finish, self._forget, self._wake = finish, forget, wake
+        self._on_device: OrderedDict[str, _Resident] = OrderedDict()
+        self._on_host: OrderedDict[str, PackedDelta] = OrderedDict()
+        self._loading: dict[str, float] = {}
+        self._waiting_for_room: list[str] = []
+        self._dropped: set[str] = set()
+        self._done: list[tuple[str, PackedDelta | DeltaError | OSError]] = []
+        self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="delta-loader")
+        self.counts = Counts()
+
+    def resident(self, ref: DeltaRef) -> PackedDelta | None:
+        """The delta if it is on the device; otherwise starts bringing it there and gives None."""
+        found = self._on_device.get(ref.digest)
+        if found is not None:
+            self._on_device.move_to_end(ref.digest)
+            return found.delta
+        self._dropped.discard(ref.digest)
+        if ref.digest in self._loading:
+            return None
+        self._loading[ref.digest] = time.monotonic()
+        host = self._on_host.get(ref.digest)
+        if host is not None:
+            self._on_host.move_to_end(ref.digest)
+            self.counts.from_host += 1
+            self._waiting_for_room.append(ref.digest)
+            self._wake()
+        else:
+            self._pool.submit(self._load, ref)
+        return None
+
+    def acquire(self, digest: str) -> PackedDelta:
+        """A row starts to use a resident delta; it stays on the device until the row releases it."""
+        found = self._on_device[digest]
+        found.references += 1
+        return found.delta
+
+    def release(self, digest: str) -> None:
+        """A row ended."""
+        found = self._on_device[digest]
+        found.references -= 1
+        if found.references == 0 and digest in self._dropped:
+            self._evict(digest)
+            self._on_host.pop(digest, None)
+
+    def drop(self, digest: str) -> None:
+        """The delta was deleted: it leaves every tier once its last row is done."""
+        self._dropped.add(digest)
+        found = self._on_device.get(digest)
+        if found is None or found.references == 0:
+            if found is not None:
+                self._evict(digest)
+            self._on_host.pop(digest, None)
+
+    def collect(self) -> list[LoadFailure]:
+        """Takes in what the loaders finished, and puts on the device what fits. Called between steps."""
+        failures: list[LoadFailure] = []
+        while self._done:
+            digest, result = self._done.pop(0)
+            if isinstance(result, PackedDelta):
+                self._keep_on_host(digest, result)
+                self.counts.from_disk += 1
+                self._waiting_for_room.append(digest)
+            else:
+                del self._loading[digest]
+                self.counts.failures += 1
+                failures.append(LoadFailure(digest, str(result)))
+        waiting, self._waiting_for_room = self._waiting_for_room, []
+        for digest in waiting:
+            failure = self._admit(digest)
+            if failure is not None:
+                failures.append(failure)
+        return failures
+
+    def _admit(self, digest: str) -> LoadFailure | None:
+        delta = self._on_host[digest]
+        if delta.nbytes > self._device_bytes:
+            del self._loading[digest]
+            self.counts.failures += 1
+            self._on_host.pop(digest)
+            size, budget = delta.nbytes, self._device_bytes
+            return LoadFailure(
+                digest, f"the delta needs {size} bytes on the device; --delta-bytes is {budget}"
+            )
+        if not self._make_room(delta.nbytes):
+            self._waiting_for_room.append(digest)
+            return None
+        placed = self._finish(delta.to(self._device))
+        self._on_device[digest] = _Resident(placed)
+        if placed.prompt is None and delta.prompt is not None:  # keep what was computed once
+            self._keep_on_host(digest, placed.to(torch.device("cpu")))
+        self.counts.seconds.append(time.monotonic() - self._loading.pop(digest))
+        return None
+
+    def _make_room(self, nbytes: int) -> bool:
+        over = self.bytes_on_device + nbytes - self._device_bytes
+        idle = [digest for digest, r in self._on_device.items() if r.references == 0]
+        victims: list[str] = []
+        for digest in idle:
+            if over <= 0:
+                break
+            over -= self._on_device[digest].delta.nbytes
+            victims.append(digest)
+        if over > 0:
+            return False
+        for digest in victims:
+            self._evict(digest)
+        return True
+
+    def _evict(self, digest: str) -> None:
+        self._forget(self._on_device.pop(digest).delta)
+
+    def _keep_on_host(self, digest: str, delta: PackedDelta) -> None:
+        self._on_host[digest] = delta
+        self._on_host.move_to_end(digest)
+        for old in list(self._on_host):
+            if self.bytes_on_host <= self._host_bytes or old == digest:
+                break
+            if old not in self._loading:
+                del self._on_host[old]
+
+    def _load(self, ref: DeltaRef) -> None:
+        result: PackedDelta | DeltaError | OSError
+        try:
+            delta = native.load(Path(ref.path))
+            if delta.digest != ref.digest:
+                raise DeltaError(f"the stored tensors of {ref.digest[:12]} are damaged: their digest differs")
+            pin = self._device.type == "cuda"
+            result = pack(methods.lower(delta, self._spec), self._spec, self._dtype, pin=pin)
+        except (DeltaError, OSError) as error:
+            result = error
+        except Exception as error:  # noqa: BLE001 - a loader must always answer: its rows wait for it
+            result = DeltaError(f"{type(error).__name__}: {error}")
+        self._done.append((ref.digest, result))
+        self._wake()
+
+    @property
+    def bytes_on_device(self) -> int:
+        return sum(resident.delta.nbytes for resident in self._on_device.values())
+
+    @property
+    def bytes_on_host(self) -> int:
+        return sum(delta.nbytes for delta in self._on_host.values())
+
+    @property
+    def count_on_device(self) -> int:
+        return len(self._on_device)
+
+    @property
+    def count_on_host(self) -> int:
+        return len(self._on_host)
+
+    def close(self) -> None:
+        """Stops the loaders."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,175 @@
+"""Runs a plan on the device: packs the rows' tokens, plans their deltas, one forward, logits where they are wanted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltas.attach import attach
+from deltas.bank import PackedDelta, SiteGroup, site_groups
+from deltas.batch import Plan, Segment
+from deltas.ops import Mode, Ops
+from server.engine.backbone import Backbone
+from server.engine.kv import Attention, SlotKV
+from server.engine.scheduler import PlannedRow
+
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class RowOutput:
+    """The logits that belong to one planned row: ``[1, vocab]`` for its next token, or, where prompt log-probabilities
+    are wanted, one line for each of its tokens in this step (the last is the next token's)."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """``logits`` ``[lines, vocab]``; ``rows[i]`` says which lines are planned row i's (none for an inner chunk)."""
+
+    logits: Tensor
+    rows: list[RowOutput]
+
+
+@dataclass
+class Spent:
+    """Seconds, summed over steps: Python that prepares, the backbone's forward with its deltas, the head."""
+
+    prepare: float = 0.0
+    forward: float = 0.0
+    head: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class _Composition:
+    """What holds as long as the same rows take the same number of tokens: the deltas' plans."""
+
+    key: tuple[object, ...]
+    body: Plan | None
+    head: Plan | None
+
+
+@dataclass(eq=False)
+class Runner:
+    """The model with its hooks and KV. Not thread-safe: the step loop owns it."""
+
+    backbone: Backbone
+    kv: SlotKV
+    scratch_slot: int
+    mode: Mode | None = None
+    prepack: bool = True
+    spent: Spent = field(default_factory=Spent)
+    _kept: _Composition | None = None
+
+    def __post_init__(self) -> None:
+        self.groups: list[SiteGroup] = site_groups(self.backbone.spec)
+        self.ops = Ops(len(self.groups), self.backbone.device, self.backbone.dtype, self.mode)
+        self.hooks = attach(self.backbone.model, self.backbone.spec, self.ops, prepack=self.prepack)
+        self._head_group = next((g.index for g in self.groups if g.sites[0].name == HEAD), None)
+
+    @torch.inference_mode()
+    def run(self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None]) -> StepOutput:
+        """One forward over the rows' next tokens. ``deltas[i]`` is row i's, None for the backbone alone.
+
+        Rows come in packed order: single-token rows first, rows of one delta adjacent.
+        """
+        began = time.perf_counter()
+        device = self.backbone.device
+        ids: list[int] = []
+        positions: list[int] = []
+        starts: list[int] = []
+        lines: list[int] = []
+        outputs: list[RowOutput] = []
+        for row, delta in zip(rows, deltas, strict=True):
+            seq = row.seq
+            starts.append(seq.prefix + row.start)
+            first = row.start + (seq.prefix if delta is not None and delta.shifts_positions else 0)
+            if row.count == 1 and row.start >= len(seq.prompt):
+                ids.append(seq.output[row.start - len(seq.prompt)])
+                positions.append(first)
+            else:
+                tokens = seq.prompt + seq.output
+                ids.extend(tokens[row.start : row.start + row.count])
+                positions.extend(range(first, first + row.count))
+            wanted = 1 if row.samples else 0
+            if seq.sampling.prompt_logprobs is not None and row.start < len(seq.prompt):
+                wanted = row.count
+            outputs.append(RowOutput(len(lines), wanted))
+            lines.extend(range(len(ids) - wanted, len(ids)))
+        slots = [_slot(row) for row in rows]
+        attention = Attention(self.kv, self.ops.kernels, slots, starts, [row.count for row in rows])
+        composition = self._compose(rows, deltas, outputs)
+        id_tensor = torch.tensor([ids], device=device)
+        position_tensor = torch.tensor([positions], device=device)
+        prepared = time.perf_counter()
+        self.hooks.plan = composition.body
+        hidden = self._forward(attention, position_tensor, input_ids=id_tensor)[0]
+        computed = time.perf_counter()
+        self.hooks.plan = composition.head
+        if len(lines) != len(ids):
+            hidden = hidden[torch.tensor(lines, device=device)]
+        logits = self.backbone.model.get_output_embeddings()(hidden)
+        self.hooks.plan = None
+        self.spent.prepare += prepared - began
+        self.spent.forward += computed - prepared
+        self.spent.head += time.perf_counter() - computed
+        self.spent.steps += 1
+        return StepOutput(logits, outputs)
+
+    @torch.inference_mode()
+    def prompt_prefix(self, delta: PackedDelta) -> PackedDelta:
+        """Computes a soft prompt's keys and values, with the delta's other patches on: once per digest."""
+        if delta.prompt is None:
+            return delta
+        n = int(delta.prompt.shape[0])
+        attention = Attention(self.kv, self.ops.kernels, [self.scratch_slot], [0], [n])
+        positions = torch.arange(n, device=self.backbone.device)[None]
+        self.hooks.plan = self.ops.plan([Segment(0, n, delta)], n)
+        self._forward(attention, positions, inputs_embeds=delta.prompt[None])
+        self.hooks.plan = None
+        self.ops.forget(delta)
+        return delta.with_prefix(self.kv.read_prefix(self.scratch_slot, n))
+
+    def forget(self, delta: PackedDelta) -> None:
+        """A delta left the device: nothing kept here may name it any more."""
+        self.ops.forget(delta)
+        self._kept = None
+
+    def _forward(self, attention: Attention, positions: Tensor, **inputs: Tensor) -> Tensor:
+        out = self.backbone.model.base_model(
+            **inputs, position_ids=positions, use_cache=False, deltaserve_attention=attention
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def _compose(
+        self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None], outputs: list[RowOutput]
+    ) -> _Composition:
+        shape = tuple((row.count, out.count) for row, out in zip(rows, outputs, strict=True))
+        key = (tuple(id(delta) for delta in deltas), shape)
+        if self._kept is not None and self._kept.key == key:
+            return self._kept
+        body: list[Segment] = []
+        head: list[Segment] = []
+        at = 0
+        for row, delta, out in zip(rows, deltas, outputs, strict=True):
+            body.append(Segment(at, row.count, delta))
+            at += row.count
+            if delta is not None and self._head_group in delta.patches:
+                head.append(Segment(out.first, out.count, delta))
+        lines = sum(out.count for out in outputs)
+        self._kept = _Composition(key, self.ops.plan(body, at), self.ops.plan(head, lines))
+        return self._kept
+
+
+def _slot(row: PlannedRow) -> int:
+    if row.seq.slot is None:
+        raise RuntimeError(f"row {row.seq.id} was planned without a KV slot")
+    return row.seq.slot

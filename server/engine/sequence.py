@@ -1,0 +1,86 @@
+"""One row's life: what it is to compute, how far it has come, and where its keys and values are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.types import DeltaRef, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A row from its arrival to its end.
+
+    Its tokens are ``prompt + output``. The newest output token has been sampled but has no keys and values
+    yet: computing it is what the next step does. A row that lost its KV (``computed`` back at 0) simply
+    computes prompt and output again, so preemption needs no other state.
+    """
+
+    id: int
+    tenant: str
+    prompt: list[int]
+    sampling: SamplingParams
+    delta: DeltaRef | None = None
+    output: list[int] = field(default_factory=list)
+    prefix: int = (
+        0  # tokens of KV that the delta's prompt or prefix puts before the row's own; known at admission
+    )
+    slot: int | None = None  # the row's place in the KV cache, while it runs
+    computed: int = 0  # how many of prompt + output have keys and values
+    limit: int = field(init=False)  # most output tokens: max_tokens, clipped to the slot at admission
+    arrived: float = 0.0  # seconds, monotonic clock
+    started: float | None = None  # when it was first admitted
+
+    def __post_init__(self) -> None:
+        self.limit = self.sampling.max_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output, without the delta's prefix."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens that still need keys and values."""
+        return self.length - self.computed
+
+    @property
+    def remaining(self) -> int:
+        """How many more tokens may be sampled; at 0 the row ends with ``length`` once all is computed."""
+        return self.limit - len(self.output)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all that is left to compute is the newest output token."""
+        return bool(self.output) and self.uncomputed == 1
+
+    @property
+    def last_token(self) -> int:
+        """The newest token of prompt and output."""
+        return self.output[-1] if self.output else self.prompt[-1]
+
+    @property
+    def digest(self) -> str:
+        """The delta's digest, or the empty string for a base row (which sorts before every digest)."""
+        return self.delta.digest if self.delta is not None else ""
+
+    @property
+    def reserved(self) -> int:
+        """KV tokens set aside while the row runs: all that it can ever need."""
+        return self.prefix + len(self.prompt) + self.limit
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """``count`` tokens of prompt and output from ``start`` on."""
+        split = len(self.prompt)
+        stop = start + count
+        if start >= split:
+            return self.output[start - split : stop - split]
+        if stop <= split:
+            return self.prompt[start:stop]
+        return self.prompt[start:] + self.output[: stop - split]
+
+    def advance(self, count: int, token: int | None = None) -> None:
+        """Account for a step: ``count`` more tokens are computed, and ``token`` (if any) was sampled."""
+        self.computed += count
+        if token is not None:
+            self.output.append(token)

@@ -1,0 +1,46 @@
+-- Deletes a tenant with everything it owns.
+--
+-- KEYS  1 tenants      hash: tenant -> record
+--       2 order        zset: tenants, oldest first
+--       3 api keys     hash: HMAC -> record, of all tenants
+--       4 own keys     hash: the tenant's key ids -> HMAC
+--       5 names        zset: the tenant's delta names
+--       6 digests      hash: digest -> number of versions
+--       7 quarantined  hash: digest -> reason
+--       8 counts       hash
+--       9 answers      zset: names of the tenant's remembered answers
+-- ARGV  1 tenant   2 what its delta hashes' names begin with (the rest is the delta's name; they depend on 5)
+-- Gives the digests that no version of any tenant refers to any more, or nothing when there is no such tenant.
+
+if redis.call("HDEL", KEYS[1], ARGV[1]) == 0 then
+  return false
+end
+redis.call("ZREM", KEYS[2], ARGV[1])
+
+for _, hmac in ipairs(redis.call("HVALS", KEYS[4])) do
+  redis.call("HDEL", KEYS[3], hmac)
+end
+for _, answer in ipairs(redis.call("ZRANGE", KEYS[9], 0, -1)) do
+  redis.call("DEL", answer)
+end
+
+local dropped = {}
+local names = redis.call("ZRANGE", KEYS[5], 0, -1)
+for _, name in ipairs(names) do
+  local fields = redis.call("HGETALL", ARGV[2] .. name)
+  for i = 1, #fields, 2 do
+    if string.sub(fields[i], 1, 2) == "g:" then
+      local digest = fields[i + 1]
+      redis.call("HINCRBY", KEYS[8], "versions", -1)
+      if redis.call("HINCRBY", KEYS[6], digest, -1) == 0 then
+        redis.call("HDEL", KEYS[6], digest)
+        redis.call("HDEL", KEYS[7], digest)
+        dropped[#dropped + 1] = digest
+      end
+    end
+  end
+  redis.call("DEL", ARGV[2] .. name)
+end
+redis.call("HINCRBY", KEYS[8], "names", -#names)
+redis.call("DEL", KEYS[4], KEYS[5], KEYS[9])
+return dropped

@@ -1,0 +1,168 @@
+"""Domain types that several layers share. Plain data, no behaviour beyond small derivations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+DeltaStatus = Literal["ready", "quarantined", "deleted"]
+Visibility = Literal["private", "public"]
+
+DEFAULT_TENANT = "default"
+LIVE = "live"
+
+
+class DeltaRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of a tenant's delta: a name for a digest, with what listings show of it.
+
+    ``bytes`` counts the tensors; ``rank`` is the largest rank or bottleneck width (None where there is none);
+    ``created_at`` is in Unix seconds.
+    """
+
+    id: str
+    tenant: str
+    name: str
+    version: int
+    digest: str
+    methods: list[str]
+    format: str
+    backbone: str
+    parameters: int
+    bytes: int
+    rank: int | None
+    sites: list[str]
+    task_kind: str | None = None
+    labels: list[str] | None = None
+    status: DeltaStatus = "ready"
+    visibility: Visibility = "private"
+    created_at: int
+    metadata: dict[str, str] = {}
+
+
+class Tenant(msgspec.Struct, frozen=True, kw_only=True):
+    """An owner. ``limits`` are stored as given; enforcement belongs to ``tenants/``."""
+
+    name: str
+    created_at: int
+    limits: dict[str, float] = {}
+
+
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
+    """A key as it is stored: never its secret. ``hint`` is the key's last four characters."""
+
+    id: str
+    tenant: str
+    created_at: int
+    hint: str
+
+
+class Principal(msgspec.Struct, frozen=True, kw_only=True):
+    """Who sent a request: the tenant it acts for, and whether by the admin key."""
+
+    tenant: str
+    admin: bool = False
+    key_id: str | None = None
+
+
+class Page(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of a listing, oldest first."""
+
+    items: list[Any]
+    has_more: bool
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one row chooses its tokens.
+
+    ``temperature`` 0 is greedy; ``top_k`` 0 means all; ``repetition_penalty`` as in transformers (over prompt and
+    output), presence and frequency as OpenAI's (over output). ``logprobs`` is how many alternatives to report
+    with each token (0: the token's own only; None: nothing), ``prompt_logprobs`` the same for prompt tokens.
+    ``eos_token_ids`` end the row unless ``ignore_eos``; ``stop_token_ids`` always do once ``min_tokens`` are out.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class DeltaRef(msgspec.Struct, frozen=True):
+    """A delta as the engine needs it: which, and the local file that holds its native form."""
+
+    digest: str
+    path: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One token's log-probability and the most likely alternatives, best first, as (token id, logprob)."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class TokenEvent(msgspec.Struct, frozen=True):
+    """What one engine step gave one row: new token ids, and the end if it came.
+
+    ``logprobs`` has one entry for each id if asked for. ``prompt_logprobs`` comes once, with the first event; its
+    first entry is None, since nothing predicts the first token.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+
+
+class BackboneInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine says of the backbone once it is resident. ``folder`` is in Hugging Face's layout."""
+
+    name: str
+    folder: str
+    family: str
+    revision: str
+    dtype: str
+    device: str
+    parameters: int
+    max_model_len: int
+    max_rows: int
+    eos_token_ids: list[int]
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and cumulative counts the engine reports, several times a second while it works."""
+
+    rows_running: int = 0
+    rows_waiting: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+    deltas_device: int = 0
+    deltas_host: int = 0
+    delta_bytes_device: int = 0
+    delta_bytes_host: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    loads_from_host: int = 0
+    loads_from_disk: int = 0
+    load_failures: int = 0
+    quarantined: list[str] = []
+    load_seconds: list[float] = []  # since the last report
+    batch_rows: list[int] = []  # one entry a step since the last report
+    batch_deltas: list[int] = []
+    queue_seconds: list[float] = []

@@ -1,0 +1,58 @@
+"""Fixtures shared by all tests: a real Valkey for the whole run, and a corner of its own for each test.
+
+Async tests run under anyio's plugin: mark them with ``pytestmark = pytest.mark.anyio``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from server.store.connect import StoreClient, open_redis
+from server.store.keys import Keys
+from server.store.valkey import EmbeddedValkey
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The server runs on asyncio only."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """One running Valkey, shared by all tests of this process: never stop, flush or kill it."""
+    server = EmbeddedValkey(tmp_path_factory.mktemp("valkey"))
+    asyncio.run(server.start())
+    yield server
+    asyncio.run(server.stop())
+
+
+@pytest.fixture(scope="session")
+def valkey_url(valkey: EmbeddedValkey) -> str:
+    """Where the shared Valkey listens."""
+    return valkey.url
+
+
+@pytest.fixture
+async def redis(valkey_url: str) -> AsyncIterator[StoreClient]:
+    """A client of the shared Valkey, closed after the test."""
+    client = await open_redis(valkey_url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def keys() -> Keys:
+    """Key names that no other test uses."""
+    return Keys(prefix=f"test-{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def valkey_folder(tmp_path: Path) -> Path:
+    """An empty folder for a Valkey of the test's own."""
+    return tmp_path / "valkey"

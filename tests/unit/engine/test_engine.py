@@ -1,0 +1,220 @@
+"""The step loop as a whole, in this process: what goes in as messages comes out as messages."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltas.delta import Component, Delta
+from deltas.formats import native
+from deltas.sites import SiteKind
+from server.engine.build import build
+from server.engine.engine import Engine
+from server.engine.messages import Cancel, Drop, Failed, Load, Loaded, Reply, Shutdown, Stats, Step, Submit
+from server.engine.process import EngineConfig
+from server.types import DeltaRef, SamplingParams, TokenEvent
+from tests.tiny import KINDS, random_delta, write_backbone
+
+
+class Harness:
+    """An engine on a thread, and what it said, by row."""
+
+    def __init__(self, folder: Path, **changes: object) -> None:
+        self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        settings = {
+            "backbone": str(folder),
+            "backbone_name": None,
+            "data_dir": str(folder / "data"),
+            "device": "cpu",
+            "dtype": "float32",
+            "max_model_len": None,
+            "max_rows": 6,
+            "max_waiting": 100,
+            "prefill_tokens": 16,
+            "kv_bytes": 1 << 24,
+            "delta_bytes": 1 << 24,
+            "host_delta_bytes": 1 << 24,
+            "threads": 1,
+        }
+        self.engine: Engine = build(EngineConfig(**(settings | changes)), self._replies.put)
+        self.folder = folder
+        self.events: dict[int, list[TokenEvent]] = {}
+        self.ends: dict[int, str] = {}
+        self.stats: Stats | None = None
+        self._thread = threading.Thread(target=self.engine.run)
+        self._thread.start()
+
+    def save(self, delta: Delta) -> DeltaRef:
+        path = self.folder / f"{delta.digest}.safetensors"
+        native.save(delta, path)
+        return DeltaRef(delta.digest, str(path))
+
+    def submit(self, row: int, prompt: list[int], delta: DeltaRef | None = None, **sampling: object) -> None:
+        params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | sampling))
+        self.engine.receive(Submit(row, "tenant", prompt, delta, params))
+
+    def wait(self, *rows: int) -> None:
+        """Until each of these rows or loads has its end."""
+        while not set(rows) <= self.ends.keys():
+            reply = self._replies.get(timeout=60)
+            match reply:
+                case Step(events):
+                    for row, event in events:
+                        assert row not in self.ends, "an event after the end"
+                        self.events.setdefault(row, []).append(event)
+                        if event.finish_reason is not None:
+                            self.ends[row] = event.finish_reason
+                case Failed(row, code, _):
+                    self.ends[row] = code
+                case Loaded(row):
+                    self.ends[row] = "loaded"
+                case Stats():
+                    self.stats = reply
+
+    def tokens(self, row: int) -> list[int]:
+        return [token for event in self.events[row] for token in event.token_ids]
+
+    def close(self) -> None:
+        self.engine.receive(Shutdown())
+        self._thread.join(timeout=60)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[object]:
+    made: list[Harness] = []
+    folder = write_backbone(tmp_path / "tiny")
+
+    def start(**changes: object) -> Harness:
+        made.append(Harness(folder, **changes))
+        return made[-1]
+
+    yield start
+    for harness in made:
+        harness.close()
+
+
+def prompt_of(row: int) -> list[int]:
+    return [3 + (row * 37 + i * 11) % 250 for i in range(1 + row * 7 % 40)]
+
+
+def test_mixed_kinds_equal_solo_through_admission_and_chunks(make) -> None:  # type: ignore[no-untyped-def]
+    mixed = make()
+    spec = mixed.engine.runner.backbone.spec
+    refs = [None, *(mixed.save(random_delta(spec, kind, seed)) for kind in KINDS for seed in (1, 2, 3))]
+    for row, ref in enumerate(refs):  # more rows than slots, prompts longer than a chunk
+        mixed.submit(row, prompt_of(row), ref)
+    mixed.wait(*range(len(refs)))
+    solo = make(max_rows=1, prefill_tokens=1000)
+    for row, ref in enumerate(refs):
+        solo.submit(row, prompt_of(row), ref)
+        solo.wait(row)
+    answers = [tuple(mixed.tokens(row)) for row in range(len(refs))]
+    assert answers == [tuple(solo.tokens(row)) for row in range(len(refs))]
+    assert len(set(answers)) > len(refs) // 2, "deltas do not seem to matter"
+    mixed.engine.scheduler.check_integrity()
+
+
+def test_cancel_frees_the_row_and_its_delta(make) -> None:  # type: ignore[no-untyped-def]
+    engine = make(max_rows=1)
+    ref = engine.save(random_delta(engine.engine.runner.backbone.spec, "lora", 1))
+    engine.submit(1, [5, 6, 7], ref, max_tokens=200)
+    engine.submit(2, [5, 6, 7])
+    engine.engine.receive(Cancel(1))
+    engine.wait(2)
+    assert 1 not in engine.ends
+    engine.engine.receive(Drop(ref.digest))
+    engine.submit(3, [5])
+    engine.wait(3)
+    assert engine.engine.residency.count_on_device == engine.engine.residency.count_on_host == 0
+
+
+def test_a_missing_or_damaged_delta_fails_its_rows_only(make) -> None:  # type: ignore[no-untyped-def]
+    engine = make()
+    spec = engine.engine.runner.backbone.spec
+    good = engine.save(random_delta(spec, "lora", 1))
+    damaged = engine.save(random_delta(spec, "lora", 2))
+    content = bytearray(Path(damaged.path).read_bytes())
+    content[-3] ^= 0x40
+    Path(damaged.path).write_bytes(content)
+    engine.submit(1, [5, 6], DeltaRef("0" * 64, str(engine.folder / "nowhere")))
+    engine.submit(2, [5, 6], damaged)
+    engine.submit(3, [5, 6], good)
+    engine.submit(4, [5, 6])
+    engine.wait(1, 2, 3, 4)
+    assert engine.ends == {1: "row_failed", 2: "row_failed", 3: "length", 4: "length"}
+
+
+def test_a_poisoned_delta_fails_its_row_and_leaves_its_neighbours_bit_identical(make) -> None:  # type: ignore[no-untyped-def]
+    engine = make()
+    spec = engine.engine.runner.backbone.spec
+    good = engine.save(random_delta(spec, "lora", 1))
+    tensors = {}
+    for site in spec.of_kind(SiteKind.LINEAR):
+        if site.name != "head":
+            tensors[f"{site.name}/A"] = torch.full((2, site.in_features), 1e25)
+            tensors[f"{site.name}/B"] = torch.full((site.out_features, 2), 1e25)
+    poison = engine.save(Delta((Component("lora", {"scale": 1.0}, tensors),)))
+    harmless = engine.save(random_delta(spec, "lora", 4))
+    engine.engine.receive(Load(90, poison))
+    engine.engine.receive(Load(91, good))
+    engine.engine.receive(Load(92, harmless))
+    engine.wait(90, 91, 92)
+    for row, ref in ((1, good), (2, poison), (3, None)):
+        engine.submit(row, [5, 6, 7], ref, logprobs=3)
+    engine.wait(1, 2, 3)
+    assert engine.ends[2] == "row_failed"
+    for row, ref in ((11, good), (12, harmless), (13, None)):
+        engine.submit(row, [5, 6, 7], ref, logprobs=3)
+    engine.wait(11, 12, 13)
+    for poisoned, clean in ((1, 11), (3, 13)):
+        assert engine.events[poisoned][0] == engine.events[clean][0]
+        assert engine.tokens(poisoned) == engine.tokens(clean)
+    assert engine.stats is not None
+    assert engine.stats.stats.quarantined == [poison.digest]
+
+
+def test_more_deltas_than_the_device_holds(make) -> None:  # type: ignore[no-untyped-def]
+    wide = make()
+    spec = wide.engine.runner.backbone.spec
+    refs = [wide.save(random_delta(spec, "lora", seed)) for seed in range(12)]
+    for row, ref in enumerate(refs):
+        wide.submit(row, [9, 8, 7], ref)
+    wide.wait(*range(len(refs)))
+    size = wide.engine.residency.bytes_on_device // len(refs)
+    tight = make(delta_bytes=max(1, int(2.5 * size)), host_delta_bytes=4 * size)
+    for turn in range(2):
+        for row, ref in enumerate(refs):
+            tight.submit(100 * turn + row, [9, 8, 7], ref)
+    tight.wait(*range(len(refs)), *range(100, 100 + len(refs)))
+    for row in range(len(refs)):
+        assert tight.tokens(row) == tight.tokens(100 + row) == wide.tokens(row)
+    assert tight.engine.residency.bytes_on_device <= 2.5 * size
+
+
+def test_limits_and_ends(make) -> None:  # type: ignore[no-untyped-def]
+    engine = make(max_model_len=32)
+    engine.submit(1, list(range(3, 40)))
+    engine.submit(2, [5, 6], max_tokens=1000)
+    engine.submit(3, [5, 6], max_tokens=0, prompt_logprobs=2)
+    engine.submit(4, [5, 6], logit_bias={100000: 1.0})
+    engine.submit(5, [5, 6], stop_token_ids=list(range(260)))
+    engine.wait(1, 2, 3, 4, 5)
+    assert engine.ends == {
+        1: "context_length_exceeded",
+        2: "length",
+        3: "length",
+        4: "invalid_request",
+        5: "stop",
+    }
+    assert len(engine.tokens(2)) == 30
+    (only,) = engine.events[3]
+    assert only.prompt_logprobs is not None
+    assert only.prompt_logprobs[0] is None
+    assert only.prompt_logprobs[1] is not None
+    assert only.prompt_logprobs[1].token == 6
