@@ -24,7 +24,8 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
     ]
     rendering: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if out.isatty():
-        rendering.append(structlog.dev.ConsoleRenderer())
+        # plain tracebacks: the rich ones show local variables, hence prompts and keys
+        rendering.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
     else:
         rendering += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler(out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from deltas.delta import Delta
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.formats import adapterhub, native, peft
@@ -49,7 +51,7 @@ _BESIDE = frozenset(
     }
 )
 
-_HEADS = frozenset({"head_config.json", "model_head.safetensors", "pytorch_model_head.bin"})
+_HEADS = frozenset({adapterhub.HEAD_CONFIG, adapterhub.HEAD, adapterhub.PICKLED_HEAD})
 _FUSIONS = frozenset(
     {
         "adapter_fusion_config.json",
@@ -60,17 +62,24 @@ _FUSIONS = frozenset(
     }
 )
 
+Frozen = Callable[[str], Tensor | None]
+"""The backbone's tensor of that state-dict key, if it has one."""
+
 _Planner = Callable[[DeltaFiles, BackboneSpec], Plan]
 
 
-def read(files: DeltaFiles, spec: BackboneSpec) -> Delta:
+def read(files: DeltaFiles, spec: BackboneSpec, frozen: Frozen | None = None) -> Delta:
     """The delta in these files, in canonical form, checked against the backbone; tensors keep their dtype.
 
+    ``frozen`` gives the backbone's own tensors: AdapterHub saves a copy of the language model's head beside an
+    adapter, which is fine as long as it is the backbone's. Without it, such files are refused.
     Configs and headers are checked first; tensors are loaded only when every one of them will be used.
     Raises :class:`InvalidDelta` or :class:`UnsupportedDelta`, ``field`` naming the file, key or tensor.
     """
     planner, own = _detect(files)
     _refuse_others(files, own)
+    if any(name in files for name in _HEADS):
+        adapterhub.check_head(files, frozen)
     delta = execute(planner(files, spec), files, spec)
     if planner is native.plan:
         stated = native.manifest(files.header(native.WEIGHTS)).get("digest")
@@ -100,17 +109,11 @@ def _detect(files: DeltaFiles) -> tuple[_Planner, set[str]]:
 
 def _refuse_others(files: DeltaFiles, own: set[str]) -> None:
     for name in files.names:
-        if name in own or name in _BESIDE:
+        if name in own or name in _BESIDE or name in _HEADS:
             continue
-        if name in _HEADS:
-            raise UnsupportedDelta(
-                f"{name}: task heads are not served yet; save the adapter without one (save_adapter(..., "
-                "with_head=False)) or leave out the head's files",
-                field=name,
-            )
         if name in _FUSIONS:
             raise UnsupportedDelta(f"{name}: compositions of several adapters are not served", field=name)
         raise InvalidDelta(f"{listed([name])} is not part of a delta; {_EXPECTED}", field="file")
 
 
-__all__ = ["DeltaFiles", "read"]
+__all__ = ["DeltaFiles", "Frozen", "read"]

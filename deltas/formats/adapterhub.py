@@ -11,11 +11,14 @@ and a :class:`~deltas.patches.Bottleneck` gives ``up(z) + h + i``. Whatever has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.formats.files import DeltaFiles, listed
+from deltas.formats.frozen import same
 from deltas.formats.header import shown
 from deltas.formats.plan import (
     Check,
@@ -35,6 +38,10 @@ from deltas.sites import BackboneSpec
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter.safetensors"
 PICKLED = "pytorch_adapter.bin"
+HEAD_CONFIG = "head_config.json"
+HEAD = "model_head.safetensors"
+PICKLED_HEAD = "pytorch_model_head.bin"
+LM_HEAD = "lm_head.weight"
 
 TOP_KEYS: Mapping[str, Check | None] = {
     "config": None,
@@ -171,6 +178,27 @@ def plan(files: DeltaFiles, spec: BackboneSpec) -> Plan:
         _sources(config, outer.get("name"), files, weights, spec),
     )
     return Plan("adapterhub", weights, (component,), provenance(outer, ("model_name", "name", "version")))
+
+
+def check_head(files: DeltaFiles, frozen: Callable[[str], Tensor | None] | None) -> None:
+    """Accept a head that is the backbone's own language-model head, which ``save_adapter`` writes by default.
+
+    Anything else would have to be served, so it is refused: :class:`UnsupportedDelta` names the file.
+    """
+    advice = "leave out the head's files (save_adapter(..., with_head=False)) unless you trained it"
+    name = PICKLED_HEAD if PICKLED_HEAD in files else HEAD
+    if CONFIG not in files or HEAD_CONFIG not in files or files.json(HEAD_CONFIG).get("config") is not None:
+        present = next(file for file in (HEAD_CONFIG, HEAD, PICKLED_HEAD) if file in files)
+        raise UnsupportedDelta(f"{present}: task heads are not served yet; {advice}", field=present)
+    if set(files.header(name).tensors) != {LM_HEAD}:
+        raise UnsupportedDelta(f"{name}: only the backbone's own {LM_HEAD} may be here; {advice}", field=name)
+    own = None if frozen is None else frozen(LM_HEAD)
+    if own is None or not same(files.tensors(name, [LM_HEAD])[LM_HEAD], own):
+        raise UnsupportedDelta(
+            f"{name}: {LM_HEAD} differs from the backbone's, and trained language-model heads are not served; "
+            f"{advice}",
+            field=name,
+        )
 
 
 def _activation(name: object, *, versioned: bool) -> str:

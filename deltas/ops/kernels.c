@@ -1,12 +1,13 @@
-/* The CPU kernels of deltaserve, for rows of one step. native.py compiles this file on the machine it runs on.
+/* The CPU kernels of deltaserve, for the rows of one step. build.py compiles this file where it runs.
  *
- * C11 with GNU vector extensions (gcc, clang) and OpenMP. Everything is written once over vectors of LANES floats, as
- * wide as the target has them, and compiled twice: float32 storage (suffix _f32) and bfloat16 storage (suffix _bf16,
- * little-endian uint16). Arithmetic is float32. A token's result never depends on the tokens computed beside it nor on
- * the number of threads, so a row in a batch equals the row alone bit for bit, and a NaN stays in its own row.
+ * C11 with GNU vector extensions (gcc, clang) and OpenMP. Everything is written once over vectors of LANES
+ * floats, as wide as the target has them, and compiled twice: float32 storage (suffix _f32) and bfloat16
+ * storage (suffix _bf16, little-endian uint16). Arithmetic is float32. A token's result never depends on the
+ * tokens beside it nor on the number of threads, so a row in a batch equals the row alone bit for bit, and a
+ * NaN stays in its own row.
  *
- * Strides are in elements; the innermost dimension is contiguous. Functions return 0, NO_MEMORY, or OUT_OF_RANGE
- * (an index or a size that would leave the tensors; then nothing was written).
+ * Strides are in elements; the innermost dimension is contiguous. Functions return 0, NO_MEMORY, or
+ * OUT_OF_RANGE (an index or a size that would leave the tensors; then nothing was written).
  */
 #include <math.h>
 #include <omp.h>
@@ -52,8 +53,18 @@ INLINE vf load_f(const float *p) {
 }
 INLINE void store_f(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
-/* Bytes that the next unit of work will read. Each unit fetches them line by line among its own loads, because memory
- * is the bottleneck and the processor's own prefetching starts anew with every short factor. */
+#if LANES == 16 && defined(__AVX512BF16__)
+/* 0, 16, 1, 17, ... as 16-bit lanes. */
+static const vu interleave_halves = {
+    0 | 16 << 16,  1 | 17 << 16,  2 | 18 << 16,  3 | 19 << 16,  4 | 20 << 16,  5 | 21 << 16,
+    6 | 22 << 16,  7 | 23 << 16,  8 | 24 << 16,  9 | 25 << 16,  10 | 26 << 16, 11 | 27 << 16,
+    12 | 28 << 16, 13 | 29 << 16, 14 | 30 << 16, 15 | 31 << 16,
+};
+#endif
+
+/* Bytes that the next unit of work will read. Each unit fetches them line by line among its own loads,
+ * because memory is the bottleneck and the processor's own prefetching starts anew with every short factor.
+ */
 typedef struct {
     const char *at, *end;
 } ahead;
@@ -95,9 +106,10 @@ INLINE vf add_neighbours(vf a, vf b) {
 /* The vector of the sums of LANES vectors. */
 INLINE vf sums(vf v[LANES]) {
     UNROLL
-    for (int n = LANES / 2; n >= 1; n /= 2)
+    for (int n = LANES / 2; n >= 1; n /= 2) {
         UNROLL
         for (int i = 0; i < n; i++) v[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
+    }
     return v[0];
 }
 

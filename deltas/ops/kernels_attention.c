@@ -1,8 +1,9 @@
-/* ds_decode_attention: one query token per row over a slot cache; included by kernels.c once per storage type. */
+/* ds_decode_attention: one query token per row over a slot cache; kernels.c includes this once per storage
+ * type. */
 #ifndef DS_ATTENTION_COMMON
 #define DS_ATTENTION_COMMON
-#define BLOCK 256      /* keys of one unit of work */
-#define GROUP 8        /* query heads of one unit of work: they share the reading of its keys and values */
+#define BLOCK 256 /* keys of one unit of work */
+#define GROUP 8   /* query heads of one unit of work: they share the reading of its keys and values */
 #define HEAD_DIM_MAX 512
 #if LANES == 16
 #define SHARE 4 /* query heads that share a reading of values from registers */
@@ -12,9 +13,10 @@
 
 INLINE int64_t blocks_of(int64_t length) { return length > BLOCK ? (length + BLOCK - 1) / BLOCK : 1; }
 
-/* A thread's place among the tasks, which run over rows, key heads, chunks of query heads and blocks of keys. */
+/* A thread's place among the tasks: they run over rows, key heads, chunks of query heads and blocks of keys.
+ */
 typedef struct {
-    int64_t row, first, spill; /* the row's first task; how many tasks of longer-than-one-block rows came before */
+    int64_t row, first, spill; /* the row's first task; the tasks before it of rows longer than one block */
     int64_t unit, block;       /* of the current task */
 } place;
 INLINE void move_to(place *at, int64_t task, const int64_t *lengths, int64_t per_row) {
@@ -71,25 +73,27 @@ INLINE vf NAME(products)(const Q_TYPE *q, const T *key, int64_t head_dim) {
 }
 
 /* scores[j] = scale * q . k_j for n keys; entries up to the next multiple of LANES become -inf. */
-INLINE void NAME(scores)(const Q_TYPE *q, const T *k, int64_t k_token, int64_t n, int64_t head_dim, float scale,
-                         float *scores, const block_ahead *next) {
+INLINE void NAME(scores)(const Q_TYPE *q, const T *k, int64_t k_token, int64_t n, int64_t head_dim,
+                         float scale, float *scores, const block_ahead *next) {
     vf part[LANES];
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES) {
         const T *key = k + j * k_token;
-        for (int64_t i = j; i < j + LANES && i < next->n; i++) NAME(fetch_token)(next->k, i, k_token, head_dim);
+        for (int64_t i = j; i < j + LANES && i < next->n; i++)
+            NAME(fetch_token)(next->k, i, k_token, head_dim);
         UNROLL
         for (int l = 0; l < LANES; l++) part[l] = NAME(products)(q, key + l * k_token, head_dim);
         store_f(scores + j, sums(part) * scale);
     }
     if (j < n) {
-        for (int l = 0; l < LANES; l++) part[l] = NAME(products)(q, k + min64(j + l, n - 1) * k_token, head_dim);
+        for (int l = 0; l < LANES; l++)
+            part[l] = NAME(products)(q, k + min64(j + l, n - 1) * k_token, head_dim);
         store_f(scores + j, sums(part) * scale);
         for (j = n; j % LANES != 0; j++) scores[j] = -INFINITY;
     }
 }
 
-/* Scores to unnormalised probabilities in place; returns their sum and sets *top to the subtracted maximum. */
+/* Scores to unnormalised probabilities in place; returns their sum, and in *top the subtracted maximum. */
 INLINE float NAME(exponentials)(float *scores, int64_t n, float *top) {
     vf m = splat(-INFINITY), total = splat(0.0f);
     for (int64_t j = 0; j < n; j += LANES) {
@@ -108,13 +112,15 @@ INLINE float NAME(exponentials)(float *scores, int64_t n, float *top) {
 }
 
 /* acc[h][0:count] = sum over n keys of p[h][j] * v_j[0:count] for `heads` heads; p has BLOCK columns. */
-INLINE void NAME(weigh)(int heads, int pairs, const float *p, const T *v, int64_t v_token, int64_t n, int64_t count,
-                        float *acc, int64_t padded, const block_ahead *next, int64_t head_dim) {
+INLINE void NAME(weigh)(int heads, int pairs, const float *p, const T *v, int64_t v_token, int64_t n,
+                        int64_t count, float *acc, int64_t padded, const block_ahead *next,
+                        int64_t head_dim) {
     pair sum_[SHARE][2];
     UNROLL
-    for (int h = 0; h < heads; h++)
+    for (int h = 0; h < heads; h++) {
         UNROLL
         for (int c = 0; c < pairs; c++) sum_[h][c] = (pair){splat(0.0f), splat(0.0f)};
+    }
     for (int64_t j = 0; j < n; j++) {
         if (j < next->n) NAME(fetch_token)(next->v, j, v_token, head_dim);
         UNROLL
@@ -128,27 +134,33 @@ INLINE void NAME(weigh)(int heads, int pairs, const float *p, const T *v, int64_
         }
     }
     UNROLL
-    for (int h = 0; h < heads; h++)
+    for (int h = 0; h < heads; h++) {
         UNROLL
         for (int c = 0; c < pairs; c++) {
             store_f(acc + h * padded + c * PAIR, sum_[h][c].a);
             store_f(acc + h * padded + c * PAIR + LANES, sum_[h][c].b);
         }
+    }
 }
 
-INLINE void NAME(weigh_all)(int heads, const float *p, const T *v, int64_t v_token, int64_t n, int64_t head_dim, float *acc,
-                            int64_t padded, const block_ahead *next) {
+INLINE void NAME(weigh_all)(int heads, const float *p, const T *v, int64_t v_token, int64_t n,
+                            int64_t head_dim, float *acc, int64_t padded, const block_ahead *next) {
     const block_ahead none = {0};
     int64_t d = 0;
-    for (; d + 2 * PAIR <= head_dim; d += 2 * PAIR) NAME(weigh)(heads, 2, p, v + d, v_token, n, 2 * PAIR, acc + d, padded, d == 0 ? next : &none, head_dim);
-    for (; d < head_dim; d += PAIR) NAME(weigh)(heads, 1, p, v + d, v_token, n, head_dim - d, acc + d, padded, d == 0 ? next : &none, head_dim);
+    for (; d + 2 * PAIR <= head_dim; d += 2 * PAIR)
+        NAME(weigh)(heads, 2, p, v + d, v_token, n, 2 * PAIR, acc + d, padded, d == 0 ? next : &none,
+                    head_dim);
+    for (; d < head_dim; d += PAIR)
+        NAME(weigh)(heads, 1, p, v + d, v_token, n, head_dim - d, acc + d, padded, d == 0 ? next : &none,
+                    head_dim);
 }
 
 /* Divides by the sum and stores one head. */
 INLINE void NAME(finish)(const float *acc, float total, T *out, int64_t head_dim) {
     float inverse = 1.0f / total;
     for (int64_t d = 0; d < head_dim; d += PAIR)
-        NAME(store_some)(out + d, (pair){load_f(acc + d) * inverse, load_f(acc + d + LANES) * inverse}, head_dim - d);
+        NAME(store_some)(out + d, (pair){load_f(acc + d) * inverse, load_f(acc + d + LANES) * inverse},
+                         head_dim - d);
 }
 
 /* Merges one head's blocks, in order, into the first record: its sums and its total. */
@@ -166,10 +178,10 @@ static void NAME(merge_blocks)(float *records, int64_t record, int64_t blocks, i
     }
 }
 
-/* n keys for up to GROUP query heads: unnormalised sums acc [heads, padded], and per head the maximum and the total. */
+/* n keys for up to GROUP query heads: sums acc [heads, padded], and per head the maximum and the total. */
 static void NAME(attend_block)(int heads, const Q_TYPE *q, const T *k, const T *v, int64_t token, int64_t n,
-                               int64_t head_dim, int64_t padded, float scale, float *acc, float *top, float *total,
-                               const block_ahead *next) {
+                               int64_t head_dim, int64_t padded, float scale, float *acc, float *top,
+                               float *total, const block_ahead *next) {
     const block_ahead none = {0};
     float p[GROUP * BLOCK] __attribute__((aligned(64)));
     for (int h = 0; h < heads; h++) {
@@ -196,15 +208,18 @@ static void NAME(attend_block)(int heads, const Q_TYPE *q, const T *k, const T *
     }
 }
 
-/* out[row, h] = softmax(scale * q[row, h] . K)^T V over the first lengths[row] tokens of slots[row]; heads / kv_heads
- * query heads share a key head. Zeros where the length is 0. Both caches have the same strides.
+/* out[row, h] = softmax(scale * q[row, h] . K)^T V over the first lengths[row] tokens of slots[row], zeros
+ * where the length is 0; heads / kv_heads query heads share a key head. Both caches have the same strides.
+ * The tokens of a prompt are rows too: of one slot, with growing lengths.
  *
- * Work is cut into blocks of BLOCK keys whatever the batch, and blocks are merged in order: so a long context uses all
- * threads, and a row's result does not depend on its neighbours. */
-EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_head, const void *k, const void *v,
-                                     int64_t c_slot, int64_t c_head, int64_t c_token, int64_t c_slots,
-                                     int64_t c_tokens, const int64_t *slots, const int64_t *lengths, int64_t rows, int64_t heads, int64_t kv_heads,
-                                     int64_t head_dim, float scale, void *out, int64_t out_row, int64_t out_head) {
+ * Work is cut into blocks of BLOCK keys whatever the batch, and blocks are merged in order: so a long context
+ * uses all threads, and a row's result does not depend on its neighbours. */
+EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_head, const void *k,
+                                     const void *v, int64_t c_slot, int64_t c_head, int64_t c_token,
+                                     int64_t c_slots, int64_t c_tokens, const int64_t *slots,
+                                     const int64_t *lengths, int64_t rows, int64_t heads, int64_t kv_heads,
+                                     int64_t head_dim, float scale, void *out, int64_t out_row,
+                                     int64_t out_head) {
     if (head_dim > HEAD_DIM_MAX) return OUT_OF_RANGE;
     int64_t share = heads / kv_heads, chunks = (share + GROUP - 1) / GROUP, padded = round_up(head_dim, PAIR);
     int64_t per_row = kv_heads * chunks; /* units of one block of a row */
@@ -217,9 +232,11 @@ EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_hea
         keys += lengths[i];
     }
     if (tasks == 0) return 0;
-    int64_t record = GROUP * (padded + LANES); /* acc [GROUP, padded], then the tops, then the totals (2 GROUP <= GROUP * LANES) */
+    int64_t record =
+        GROUP * (padded + LANES); /* acc [GROUP, padded], then GROUP tops, GROUP totals, and room */
     float *store = NULL;
-    if (spilled > 0 && (store = aligned_alloc(64, (size_t)(spilled * record) * sizeof(float))) == NULL) return NO_MEMORY;
+    if (spilled > 0 && (store = aligned_alloc(64, (size_t)(spilled * record) * sizeof(float))) == NULL)
+        return NO_MEMORY;
     int64_t taken = 0;
 #pragma omp parallel if (keys * heads * head_dim >= FEW_ELEMENTS)
     {
@@ -237,7 +254,8 @@ EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_hea
             if (coming < tasks) {
                 later = at;
                 move_to(&later, coming, lengths, per_row);
-                int64_t from = slots[later.row] * c_slot + later.unit / chunks * c_head + later.block * BLOCK * c_token;
+                int64_t from =
+                    slots[later.row] * c_slot + later.unit / chunks * c_head + later.block * BLOCK * c_token;
                 next = (block_ahead){(const char *)((const T *)k + from), (const char *)((const T *)v + from),
                                      min64(BLOCK, lengths[later.row] - later.block * BLOCK)};
             }
@@ -266,10 +284,11 @@ EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_hea
             int whole = blocks_of(lengths[row]) == 1;
             float top[GROUP], total[GROUP];
             float *acc = whole ? local : store + (at.spill + task - at.first) * record;
-            NAME(attend_block)(n_heads, qs, (const T *)k + from, (const T *)v + from, c_token, n, head_dim, padded, scale,
-                               acc, top, total, &next);
+            NAME(attend_block)(n_heads, qs, (const T *)k + from, (const T *)v + from, c_token, n, head_dim,
+                               padded, scale, acc, top, total, &next);
             if (whole) {
-                for (int h = 0; h < n_heads; h++) NAME(finish)(acc + h * padded, total[h], to + h * out_head, head_dim);
+                for (int h = 0; h < n_heads; h++)
+                    NAME(finish)(acc + h * padded, total[h], to + h * out_head, head_dim);
             } else {
                 memcpy(acc + GROUP * padded, top, sizeof top);
                 memcpy(acc + GROUP * padded + GROUP, total, sizeof total);

@@ -1,11 +1,12 @@
-/* ds_patch: the patches of many deltas at one site, applied in place; included by kernels.c once per storage type. */
+/* ds_patch: the patches of many deltas at one site, in place; kernels.c includes this once per storage type.
+ */
 #ifndef DS_PATCH_COMMON
 #define DS_PATCH_COMMON
 enum { READS_X, READS_Y, READS_X_AND_Y, READS_RESIDUAL };
-#define TOKENS 4        /* tokens that share one reading of the factors */
-#define UNIT 16         /* tokens of one unit of work */
+#define TOKENS 4                                  /* tokens that share one reading of the factors */
+#define UNIT 16                                   /* tokens of one unit of work */
 #define LINES ((int)(PAIR * sizeof(T) + 63) / 64) /* cache lines of a pair */
-#define FEW 32768       /* multiply-adds below which waking the other threads costs more than it gives */
+#define FEW 32768 /* multiply-adds below which waking the other threads costs more than it gives */
 #if LANES == 16
 #define DOT_ROWS 4
 #else
@@ -22,12 +23,12 @@ _Static_assert(sizeof(entry) == 88, "the table's layout");
 
 INLINE int is_empty(const entry *e) { return e->rows <= 0 || (e->rank == 0 && e->shift == NULL); }
 INLINE int is_inside(const entry *e, int64_t tokens, int64_t in, int64_t columns) {
-    return e->row0 >= 0 && e->row0 + e->rows <= tokens && e->out0 >= 0 && e->out >= 0 && e->out0 + e->out <= columns &&
-           e->rank >= 0 && e->reads >= READS_X && e->reads <= READS_RESIDUAL &&
+    return e->row0 >= 0 && e->row0 + e->rows <= tokens && e->out0 >= 0 && e->out >= 0 &&
+           e->out0 + e->out <= columns && e->rank >= 0 && e->reads >= READS_X && e->reads <= READS_RESIDUAL &&
            (e->rank == 0 || e->out == in || e->reads == READS_X || e->reads == READS_RESIDUAL);
 }
 
-/* Whether e changes columns that the entry before it changes for the same tokens: then it must come after it. */
+/* Whether e changes columns that the entry before it changes for the same tokens: then it must come later. */
 INLINE int follows(const entry *e, const entry *before) {
     return e->row0 == before->row0 && e->rows == before->rows && e->out0 < before->out0 + before->out &&
            before->out0 < e->out0 + e->out;
@@ -49,15 +50,16 @@ INLINE int64_t find(cursor *c, const entry *table, int64_t unit) {
 }
 #endif
 
-/* h[t][r] += z_t . down_r for n tokens and m rows of down. Each (t, r) is summed in the same order for every n, m. */
-INLINE void NAME(dots)(int n, int m, const float *z, int64_t padded, const T *down, int64_t in, float *h, int64_t rank,
-                       ahead *next) {
+/* h[t][r] = z_t . down_r for n tokens and m rows of down; summed in the same order for every n and m. */
+INLINE void NAME(dots)(int n, int m, const float *z, int64_t padded, const T *down, int64_t in, float *h,
+                       int64_t rank, ahead *next) {
     ahead coming = *next;
     vf acc[4][8];
     UNROLL
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
         UNROLL
         for (int r = 0; r < m; r++) acc[t][r] = splat(0.0f);
+    }
     int64_t i = 0;
     for (; i + PAIR <= in; i += PAIR) {
         pair a[8];
@@ -74,7 +76,7 @@ INLINE void NAME(dots)(int n, int m, const float *z, int64_t padded, const T *do
             }
         }
     }
-    if (i < in)
+    if (i < in) {
         UNROLL
         for (int r = 0; r < m; r++) {
             pair a = NAME(load_part)(down + r * in + i, in - i);
@@ -84,22 +86,26 @@ INLINE void NAME(dots)(int n, int m, const float *z, int64_t padded, const T *do
                 acc[t][r] += load_f(z + t * padded + i + LANES) * a.b;
             }
         }
+    }
     *next = coming;
     UNROLL
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
         UNROLL
         for (int r = 0; r < m; r++) h[t * rank + r] = sum(acc[t][r]);
+    }
 }
 
-/* y[t][0:count] += h_t . up[:, 0:count] + shift for n tokens and `pairs` pairs of columns, the last one maybe partial. */
-INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t rank, int64_t out, const T *shift, T *y,
-                         int64_t ldy, int64_t count, ahead *next) {
+/* y[t][0:count] += h_t . up[:, 0:count] + shift for n tokens and `pairs` pairs of columns; the last may be
+ * partial. */
+INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t rank, int64_t out,
+                         const T *shift, T *y, int64_t ldy, int64_t count, ahead *next) {
     ahead coming = *next;
     pair acc[4][4];
     UNROLL
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
         UNROLL
         for (int p = 0; p < pairs; p++) acc[t][p] = NAME(load_some)(y + t * ldy + p * PAIR, count - p * PAIR);
+    }
     for (int64_t r = 0; r < rank; r++) {
         coming = fetch(coming, pairs * LINES);
         UNROLL
@@ -113,7 +119,7 @@ INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t 
         }
     }
     *next = coming;
-    if (shift != NULL)
+    if (shift != NULL) {
         UNROLL
         for (int p = 0; p < pairs; p++) {
             pair s = NAME(load_some)(shift + p * PAIR, count - p * PAIR);
@@ -123,15 +129,17 @@ INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t 
                 acc[t][p].b += s.b;
             }
         }
+    }
     UNROLL
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
         UNROLL
         for (int p = 0; p < pairs; p++) NAME(store_some)(y + t * ldy + p * PAIR, acc[t][p], count - p * PAIR);
+    }
 }
 
 /* The input of n tokens as float32 [n, padded], zeros behind `in`. */
-INLINE void NAME(gather_input)(int n, int64_t reads, const T *x, int64_t ldx, const T *y, int64_t ldy, int64_t in,
-                               float *z, int64_t padded) {
+INLINE void NAME(gather_input)(int n, int64_t reads, const T *x, int64_t ldx, const T *y, int64_t ldy,
+                               int64_t in, float *z, int64_t padded) {
     for (int t = 0; t < n; t++)
         for (int64_t i = 0; i < in; i += PAIR) {
             pair v = {splat(0.0f), splat(0.0f)};
@@ -156,7 +164,10 @@ INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, i
         const int wide = n == 1 ? 2 * DOT_ROWS : DOT_ROWS;
         NAME(gather_input)(n, e->reads, x, ldx, y, ldy, in, z, padded);
         int64_t r = 0;
-        for (; r + wide <= rank; r += wide) NAME(dots)(n, wide, z, padded, down + r * in, in, h + r, rank, next);
+        for (; r + wide <= rank; r += wide)
+            NAME(dots)(n, wide, z, padded, down + r * in, in, h + r, rank, next);
+        for (; r + DOT_ROWS <= rank; r += DOT_ROWS)
+            NAME(dots)(n, DOT_ROWS, z, padded, down + r * in, in, h + r, rank, next);
         for (; r < rank; r++) NAME(dots)(n, 1, z, padded, down + r * in, in, h + r, rank, next);
         if (bias != NULL || e->activation != IDENTITY)
             for (int t = 0; t < n; t++)
@@ -172,11 +183,12 @@ INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, i
         NAME(spread)(n, pairs, h, up + o, rank, e->out, e->shift ? (const T *)e->shift + o : NULL, y + o, ldy,
                      pairs * PAIR, next + 1);
     for (; o < e->out; o += PAIR)
-        NAME(spread)(n, 1, h, up + o, rank, e->out, e->shift ? (const T *)e->shift + o : NULL, y + o, ldy, e->out - o, next + 1);
+        NAME(spread)(n, 1, h, up + o, rank, e->out, e->shift ? (const T *)e->shift + o : NULL, y + o, ldy,
+                     e->out - o, next + 1);
 }
 
-static void NAME(patch_unit)(const entry *e, int64_t token0, const T *x, int64_t ldx, int64_t in, T *y, int64_t ldy,
-                             float *scratch, ahead *next) {
+static void NAME(patch_unit)(const entry *e, int64_t token0, const T *x, int64_t ldx, int64_t in, T *y,
+                             int64_t ldy, float *scratch, ahead *next) {
     int64_t end = min64(token0 + UNIT, e->rows), t = token0;
     const T *from = x + e->row0 * ldx;
     T *to = y + e->row0 * ldy + e->out0;
@@ -185,9 +197,10 @@ static void NAME(patch_unit)(const entry *e, int64_t token0, const T *x, int64_t
     for (; t < end; t++) NAME(patch_tokens)(1, e, from + t * ldx, ldx, in, to + t * ldy, ldy, scratch, next);
 }
 
-/* y[t, out0:out0+out] += up^T act(down z_t + down_bias) + shift for the tokens of every entry; z by `reads`: x, y's own
- * columns, their sum, or x as the residual. x is [tokens, in] (unused where nothing reads it), y [tokens, columns].
- * Entries may overlap only where one directly follows the other in the table with the same tokens. */
+/* y[t, out0:out0+out] += up^T act(down z_t + down_bias) + shift for the tokens of every entry; z by `reads`:
+ * x, y's own columns, their sum, or x as the residual. x is [tokens, in], y [tokens, columns]. Entries may
+ * overlap only where one directly follows the other in the table with the same tokens; they apply in order.
+ */
 EXPORT int NAME(ds_patch)(const void *lines, int64_t entries, const void *x, int64_t ldx, int64_t in, void *y,
                           int64_t ldy, int64_t tokens, int64_t columns) {
     const entry *table = lines;
@@ -212,7 +225,7 @@ EXPORT int NAME(ds_patch)(const void *lines, int64_t entries, const void *x, int
         int64_t unit, i, token0, coming;
 #pragma omp atomic capture
         coming = taken++;
-        while ((unit = coming) < units) { /* a thread knows the unit after this one, to fetch its factors meanwhile */
+        while ((unit = coming) < units) { /* a thread knows its next unit, to fetch the factors meanwhile */
             i = find(&c, table, unit);
             token0 = (unit - c.first) * UNIT;
 #pragma omp atomic capture
@@ -226,8 +239,7 @@ EXPORT int NAME(ds_patch)(const void *lines, int64_t entries, const void *x, int
                     next[1] = (ahead){then->up, (const char *)then->up + row * (size_t)then->out};
                 }
             }
-            do
-                NAME(patch_unit)(&table[i], token0, x, ldx, in, y, ldy, own, next);
+            do NAME(patch_unit)(&table[i], token0, x, ldx, in, y, ldy, own, next);
             while (++i < entries && !is_empty(&table[i]) && follows(&table[i], &table[i - 1]));
         }
     }

@@ -4,10 +4,10 @@
 #define FEW_ELEMENTS 16384 /* below this, one thread is faster */
 #endif
 
-/* y = weight * round(x * rsqrt(mean(x^2) + eps)), rounded where Llama's own code rounds. x, y [rows, n]; weight [n].
- * x and y may be the same. */
-EXPORT int NAME(ds_rms_norm)(const void *x, int64_t ldx, const void *weight, float eps, int64_t rows, int64_t n, void *y,
-                             int64_t ldy) {
+/* y = weight * round(x * rsqrt(mean(x^2) + eps)), rounded where Llama's own code rounds. x, y [rows, n];
+ * weight [n]. x and y may be the same. */
+EXPORT int NAME(ds_rms_norm)(const void *x, int64_t ldx, const void *weight, float eps, int64_t rows,
+                             int64_t n, void *y, int64_t ldy) {
 #pragma omp parallel for schedule(static) if (rows * n >= FEW_ELEMENTS)
     for (int64_t row = 0; row < rows; row++) {
         const T *from = (const T *)x + row * ldx, *w = weight;
@@ -29,10 +29,10 @@ EXPORT int NAME(ds_rms_norm)(const void *x, int64_t ldx, const void *weight, flo
     return 0;
 }
 
-/* out = silu(gate) * up; all [rows, n] with row strides; silu is rounded to the storage type first, as a layer of its
- * own would. out may be gate or up. */
-EXPORT int NAME(ds_silu_mul)(const void *gate, int64_t ldg, const void *up, int64_t ldu, int64_t rows, int64_t n, void *out,
-                             int64_t ldo) {
+/* out = silu(gate) * up; all [rows, n] with row strides; silu is rounded to the storage type first, as a
+ * layer of its own would. out may be gate or up. */
+EXPORT int NAME(ds_silu_mul)(const void *gate, int64_t ldg, const void *up, int64_t ldu, int64_t rows,
+                             int64_t n, void *out, int64_t ldo) {
 #pragma omp parallel for schedule(static) if (rows * n >= FEW_ELEMENTS / 2)
     for (int64_t row = 0; row < rows; row++) {
         const T *g = (const T *)gate + row * ldg, *u = (const T *)up + row * ldu;
@@ -47,10 +47,11 @@ EXPORT int NAME(ds_silu_mul)(const void *gate, int64_t ldg, const void *up, int6
     return 0;
 }
 
-/* Rotates the first `rotary` dimensions (even) of every head in place: x * cos + rotate_half(x) * sin, each product
- * rounded to the storage type. x [tokens, heads, >= rotary] with token and head strides; cos, sin [tokens, rotary]. */
-EXPORT int NAME(ds_rope)(void *x, int64_t x_token, int64_t x_head, int64_t tokens, int64_t heads, const void *cos,
-                         const void *sin, int64_t ldc, int64_t rotary) {
+/* Rotates the first `rotary` dimensions (even) of every head in place: x * cos + rotate_half(x) * sin, each
+ * product rounded to the storage type. x [tokens, heads, >= rotary], token and head strides; cos, sin
+ * [tokens, rotary]. */
+EXPORT int NAME(ds_rope)(void *x, int64_t x_token, int64_t x_head, int64_t tokens, int64_t heads,
+                         const void *cos, const void *sin, int64_t ldc, int64_t rotary) {
     int64_t half = rotary / 2;
 #pragma omp parallel for schedule(static) if (tokens * heads * rotary >= FEW_ELEMENTS)
     for (int64_t t = 0; t < tokens; t++) {
@@ -76,13 +77,13 @@ EXPORT int NAME(ds_rope)(void *x, int64_t x_token, int64_t x_head, int64_t token
 
 /* Writes new keys and values [tokens, kv_heads, head_dim] (token and head strides) into the caches at
  * (slots[t], head, positions[t]). Both caches have the same strides. */
-EXPORT int NAME(ds_kv_write)(const void *k, int64_t k_token, int64_t k_head, const void *v, int64_t v_token, int64_t v_head,
-                             void *k_cache, void *v_cache, int64_t c_slot, int64_t c_head, int64_t c_token,
-                             int64_t c_slots, int64_t c_tokens,
-                             const int64_t *slots, const int64_t *positions, int64_t tokens, int64_t kv_heads,
-                             int64_t head_dim) {
+EXPORT int NAME(ds_kv_write)(const void *k, int64_t k_token, int64_t k_head, const void *v, int64_t v_token,
+                             int64_t v_head, void *k_cache, void *v_cache, int64_t c_slot, int64_t c_head,
+                             int64_t c_token, int64_t c_slots, int64_t c_tokens, const int64_t *slots,
+                             const int64_t *positions, int64_t tokens, int64_t kv_heads, int64_t head_dim) {
     for (int64_t t = 0; t < tokens; t++)
-        if (slots[t] < 0 || slots[t] >= c_slots || positions[t] < 0 || positions[t] >= c_tokens) return OUT_OF_RANGE;
+        if (slots[t] < 0 || slots[t] >= c_slots || positions[t] < 0 || positions[t] >= c_tokens)
+            return OUT_OF_RANGE;
 #pragma omp parallel for schedule(static) if (tokens * kv_heads * head_dim >= 2 * FEW_ELEMENTS)
     for (int64_t t = 0; t < tokens; t++) {
         int64_t at = slots[t] * c_slot + positions[t] * c_token;

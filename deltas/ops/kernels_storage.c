@@ -16,7 +16,12 @@ INLINE pair NAME(load)(const T *p) {
     return (pair){(vf)(u << 16), (vf)(u & 0xffff0000u)};
 }
 INLINE void NAME(store)(T *p, pair x) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    const __m512i order = (__m512i)interleave_halves; /* numbers below 1.2e-38 become 0 here */
+    vu u = (vu)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)x.b, (__m512)x.a));
+#else
     vu u = (NAME(round_up_half)(x.a) >> 16) | (NAME(round_up_half)(x.b) & 0xffff0000u);
+#endif
     memcpy(p, &u, sizeof u);
 }
 /* To the storage type's precision and back. */
@@ -57,7 +62,9 @@ INLINE void NAME(store_part)(T *p, pair x, int64_t n) {
     memcpy(p, part, (size_t)n * sizeof(T));
 }
 /* `n` is what is left of a row: a whole pair, or its tail. */
-INLINE pair NAME(load_some)(const T *p, int64_t n) { return n >= PAIR ? NAME(load)(p) : NAME(load_part)(p, n); }
+INLINE pair NAME(load_some)(const T *p, int64_t n) {
+    return n >= PAIR ? NAME(load)(p) : NAME(load_part)(p, n);
+}
 INLINE void NAME(store_some)(T *p, pair x, int64_t n) {
     if (n >= PAIR)
         NAME(store)(p, x);

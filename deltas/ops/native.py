@@ -124,6 +124,9 @@ class Kernels:
         ``q``, ``out`` ``[rows, heads, head_dim]``; ``keys``, ``values`` of one layer ``[slots, kv_heads,
         tokens, head_dim]``, any strides but the same for both; ``slots``, ``lengths`` int64 ``[rows]``
         (visible keys, the current token's included; 0 gives zeros). head_dim is contiguous, at most 512.
+
+        The tokens of a prompt's chunk are rows as well, of one slot and with growing lengths: one call serves a
+        step's prompts and its decoding rows.
         """
         rows, heads, head_dim = q.shape
         c_slots, kv_heads, c_tokens, cache_dim = keys.shape

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from deltas.errors import DeltaError
 from server import logging
 from server.api.services import Backbone, Services
 from server.config import Settings
@@ -97,8 +98,12 @@ async def watch_engine(services: Services) -> None:
     try:
         info = await services.engine.wait_ready()
         services.resident = await asyncio.to_thread(_describe, info)
-    except DeltaserveError as error:
-        services.state.fail(error.message)
+    except (DeltaserveError, DeltaError) as error:
+        services.state.fail(str(error))
+        return
+    except Exception as error:
+        log.error("backbone_unusable", exc_info=error)
+        services.state.fail(f"the backbone cannot be used: {error}")
         return
     log.info("ready", backbone=info.name, device=info.device, dtype=info.dtype)
     if services.on_ready is not None:

@@ -22,27 +22,8 @@ from server.config import Settings
 
 log = logging.get("server.api")
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_SECONDS = 5  # for answers on their way out, once nothing computes any more
-
-
-class PortInUseError(OSError):
-    """The address cannot be listened on."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening address. Raises ``PortInUseError`` saying which."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise PortInUseError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise PortInUseError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    return bound
 
 
 class HttpServer(uvicorn.Server):
@@ -69,7 +50,11 @@ def http_server(services: Services) -> HttpServer:
 
 
 async def serve(settings: Settings, bound: socket.socket, on_ready: Callable[[Backbone], None]) -> str | None:
-    """Serve on ``bound`` until a signal ends it; returns why it failed, or None."""
+    """Serve on ``bound`` until a signal ends it; returns why it failed, or None.
+
+    Raises ``CancelledError`` for a signal before the port was open.
+    """
+    _cancel_on_signals()  # nothing runs yet that would need to be drained
     async with open_services(settings) as services:
         services.on_ready = on_ready
         server = http_server(services)
@@ -78,6 +63,13 @@ async def serve(settings: Settings, bound: socket.socket, on_ready: Callable[[Ba
             if services.state.fatal is None:
                 await server.serve(sockets=[bound])
         return services.state.fatal
+
+
+def _cancel_on_signals() -> None:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if task is not None:
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, task.cancel)
 
 
 @contextlib.contextmanager
@@ -92,13 +84,12 @@ def drain_on_signals(services: Services, server: uvicorn.Server) -> Generator[No
         else:
             draining.append(loop.create_task(drain(services, server)))
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
+    for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal)
     try:
         yield
     finally:
-        for number in signals:
+        for number in _SIGNALS:
             loop.remove_signal_handler(number)
 
 

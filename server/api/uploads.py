@@ -19,10 +19,10 @@ from deltas import formats, methods
 from deltas.delta import Delta
 from deltas.formats import native
 from deltas.formats.files import DeltaFiles
-from deltas.sites import BackboneSpec
+from deltas.formats.frozen import FrozenTensors
 from server.api.archives import is_archive, unpack
 from server.api.multipart import Form
-from server.api.services import Services
+from server.api.services import Backbone, Services
 from server.errors import InvalidRequest
 from server.store.reference import check_name
 from server.store.registry import DeltaFields
@@ -102,7 +102,7 @@ async def store(services: Services, caller: Principal, form: Form, folder: Path)
     fields = parse_fields(form, backbone.info.name)
     limit = services.settings.max_upload_bytes
     native_file = folder / "native.safetensors"
-    delta, rank = await asyncio.to_thread(_convert, form.files, folder, limit, backbone.spec, native_file)
+    delta, rank = await asyncio.to_thread(_convert, form.files, folder, limit, backbone, native_file)
     # the engine tries it before anybody can name it: a delta it cannot hold is refused, not stored
     await services.engine.load(DeltaRef(delta.digest, str(native_file)))
     return await services.deltas.add(
@@ -142,7 +142,7 @@ def forget(services: Services, digests: Iterable[str]) -> None:
 
 
 def _convert(
-    files: dict[str, Path], folder: Path, max_bytes: int, spec: BackboneSpec, target: Path
+    files: dict[str, Path], folder: Path, max_bytes: int, backbone: Backbone, target: Path
 ) -> tuple[Delta, int | None]:
     """Read the files and write the delta's native form to ``target``. Blocking. Also gives the largest
     rank.
@@ -152,7 +152,7 @@ def _convert(
             raise InvalidRequest("An archive must be the only file of an upload.", param="file")
         ((name, path),) = files.items()
         files = unpack(path, name, folder, max_bytes)
-    delta = formats.read(DeltaFiles(files), spec)
+    delta = formats.read(DeltaFiles(files), backbone.spec, FrozenTensors(Path(backbone.info.folder)))
     rank = methods.rank(delta)
     native.save(delta, target)
     return delta, rank

@@ -4,6 +4,7 @@ diverge.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import shlex
@@ -16,6 +17,8 @@ import uvloop
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from server import logging
+from server.api.address import bind
 from server.config import ENV_PREFIX, Settings, describe, unknown_variables
 
 
@@ -73,16 +76,14 @@ def settings_from(given: dict[str, Any], environ: dict[str, str]) -> Settings:
 
 def _command(**given: Any) -> None:
     settings = settings_from(given, dict(os.environ))
-    # late: these import torch and the rest, which no other command needs
-    from server import logging
-    from server.api.serve import bind, serve
-
-    logging.configure(settings.log_level)
     try:
         bound = bind(settings.host, settings.port)
     except OSError as error:
         _fail(str(error))
+    logging.configure(settings.log_level)
     with bound:
+        from server.api.serve import serve  # imports torch and the rest, which no other command needs
+
         address = _address(settings.host, bound.getsockname()[1])
 
         def on_ready(backbone: Any) -> None:
@@ -91,6 +92,8 @@ def _command(**given: Any) -> None:
         typer.echo(f"deltaserve listens on {address} and loads {settings.backbone}")
         try:
             failure = uvloop.run(serve(settings, bound, on_ready))
+        except asyncio.CancelledError:
+            return  # a signal while the store was being opened: nothing was running
         except OSError as error:
             _fail(str(error))
     if failure is not None:

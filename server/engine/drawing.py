@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CANDIDATES = (64, 1024, 8192)  # how many of the best tokens to look at, before all of them
+CANDIDATES = (64, 512, 4096)  # how many of the best tokens to look at, before all of them
 BLOCK = 256  # tokens per partial sum of an unfiltered distribution
 
 

@@ -83,11 +83,11 @@ class Residency:
 
     def resident(self, ref: DeltaRef) -> PackedDelta | None:
         """The delta if it is on the device; otherwise starts bringing it there and gives None."""
+        self._dropped.discard(ref.digest)
         found = self._on_device.get(ref.digest)
         if found is not None:
             self._on_device.move_to_end(ref.digest)
             return found.delta
-        self._dropped.discard(ref.digest)
         if ref.digest in self._loading:
             return None
         self._loading[ref.digest] = time.monotonic()

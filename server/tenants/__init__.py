@@ -1,0 +1,1 @@
+"""Who may do what: authentication, and the secrets it rests on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 import threading
@@ -18,8 +19,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from deltas.backbones import describe
+from server import logging
+from server.api.address import bind
 from server.api.lifespan import Background, stats_handler
-from server.api.serve import bind, drain, http_server
+from server.api.serve import drain, http_server
 from server.api.services import Backbone, Services
 from server.config import Settings
 from server.metrics import Metrics
@@ -82,6 +85,7 @@ class Running:
 @contextmanager
 def running(folder: Path, **settings: Any) -> Iterator[Running]:
     """A server on a free port."""
+    logging.configure("error", io.StringIO())
     started: list[Running] = []
     failed: list[BaseException] = []
     ready = threading.Event()

@@ -57,6 +57,11 @@ def test_life_of_a_delta(tenant: httpx.Client, server: Running, tmp_path: Path) 
     assert [item["version"] for item in versions["data"]] == [1, 2]
     assert tenant.get("/v1/deltas/mood/versions/2").json() == two
 
+    with server.client() as admin:
+        scraped = admin.get("/metrics").text
+    size = sum(path.stat().st_size for path in server.services.settings.data_dir.rglob("*.safetensors"))
+    assert f'deltaserve_delta_bytes{{tier="disk"}} {float(size)}' in scraped
+
     moved = tenant.put("/v1/deltas/mood/aliases/live", json={"version": 2}).json()
     assert (moved["version"], moved["aliases"]) == (2, ["live"])
     assert tenant.put("/v1/deltas/mood/aliases/live", json={"version": 3}).status_code == 404

@@ -185,6 +185,14 @@ def test_filters_keep_what_transformers_keeps(seed: int) -> None:
         assert support(probs, top_k=k, top_p=p) == kept_by(processors.TopPLogitsWarper(p), after_k)
 
 
+def test_among_equals_the_lowest_ids_are_kept() -> None:
+    probs = torch.full((1, 5000), 1 / 5000)
+    assert support(probs, top_k=10) == list(range(10))
+    assert support(probs, top_p=0.0099) == list(range(50))
+    probs[0, 4970:] *= 2  # push others out of the candidates, whichever they are
+    assert support(probs / probs.sum(), top_k=50) == [*range(20), *range(4970, 5000)]
+
+
 @pytest.mark.parametrize("penalty", [0.8, 1.3])
 def test_repetition_penalty_is_transformers(penalty: float) -> None:
     logits = logits_of(1, 4)
@@ -202,7 +210,7 @@ def test_repetition_penalty_is_transformers(penalty: float) -> None:
 @given(
     seed=st.integers(0, 10_000),
     vocab=st.integers(1, 1200),
-    top_k=st.integers(0, 1300),
+    top_k=st.integers(0, 70) | st.integers(0, 1300),
     top_p=st.floats(0.0, 1.0),
     min_p=st.sampled_from([0.0, 0.0, 1e-9, 1e-3, 0.5, 1.0]),
     u=st.floats(0, 1, exclude_max=True),
@@ -365,7 +373,7 @@ def test_a_bias_outside_the_vocabulary_is_the_callers_error() -> None:
 
 
 def test_many_different_tokens_are_counted() -> None:
-    row = sampler([5, 6], frequency_penalty=0.5, repetition_penalty=2.0)
+    row = sampler([5, 500], frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=2.0)
     output = [i % 300 for i in range(700)]
     for token in output:
         row.advance(token)
@@ -374,5 +382,6 @@ def test_many_different_tokens_are_counted() -> None:
     times = Counter(output)
     expected = torch.ones(VOCAB)
     for token in range(300):
-        expected[token] = 0.5 - 0.5 * times[token]
+        expected[token] = 0.5 - 0.5 * times[token] - 0.25
+    expected[500] = 0.5  # in the prompt only: repeated, but neither present nor frequent
     assert torch.equal(line, expected)

@@ -81,7 +81,7 @@ def test_widths_and_places(spec: BackboneSpec) -> None:
 
 @pytest.mark.parametrize(
     ("case", "file"),
-    [("seq_bn_with_head", "head_config.json"), ("double_seq_bn_bin", "pytorch_adapter.bin")],
+    [("seq_bn_with_head", "model_head.safetensors"), ("double_seq_bn_bin", "pytorch_adapter.bin")],
 )
 def test_heads_and_pickled_files_are_refused_by_name(spec: BackboneSpec, case: str, file: str) -> None:
     with pytest.raises(UnsupportedDelta) as caught:

