@@ -187,7 +187,8 @@ def check_head(files: DeltaFiles, frozen: Callable[[str], Tensor | None] | None)
     """
     advice = "leave out the head's files (save_adapter(..., with_head=False)) unless you trained it"
     name = PICKLED_HEAD if PICKLED_HEAD in files else HEAD
-    if CONFIG not in files or HEAD_CONFIG not in files or files.json(HEAD_CONFIG).get("config") is not None:
+    whole = HEAD_CONFIG in files and name in files
+    if not whole or files.json(HEAD_CONFIG).get("config", "absent") is not None:
         present = next(file for file in (HEAD_CONFIG, HEAD, PICKLED_HEAD) if file in files)
         raise UnsupportedDelta(f"{present}: task heads are not served yet; {advice}", field=present)
     if set(files.header(name).tensors) != {LM_HEAD}:
