@@ -42,7 +42,8 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        redis = await open_redis(await _redis_url(settings, stack))
+        valkey = await _embedded_valkey(settings, stack)
+        redis = await open_redis(valkey.url if valkey else str(settings.redis_url))
         stack.push_async_callback(redis.aclose)
         keys = Keys()
         tenants = TenantStore(redis, keys, await asyncio.to_thread(server_secret, settings.data_dir))
@@ -65,6 +66,8 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
         await services.engine.start()
         stack.push_async_callback(services.engine.stop)
         background.start(watch_engine(services))
+        if valkey is not None:
+            background.start(keep_valkey(valkey, services))
         yield services
 
 
@@ -143,10 +146,19 @@ def _describe(info: BackboneInfo) -> Backbone:
     return Backbone(info, describe(config, info.revision), Tokenizer(Path(info.folder)))
 
 
-async def _redis_url(settings: Settings, stack: AsyncExitStack) -> str:
+async def keep_valkey(valkey: EmbeddedValkey, services: Services) -> None:
+    """Start the embedded Valkey again whenever it dies; if it stays down, the server cannot go on."""
+    try:
+        await valkey.supervise()
+    except OSError as error:
+        services.state.fail(f"the embedded Valkey does not come back: {error}")
+
+
+async def _embedded_valkey(settings: Settings, stack: AsyncExitStack) -> EmbeddedValkey | None:
+    """The server's own Valkey, running, where no other Redis is given; ``stack`` ends it."""
     if settings.redis_url is not None:
-        return settings.redis_url
+        return None
     valkey = EmbeddedValkey(settings.data_dir / "valkey")
-    url = await valkey.start()
+    await valkey.start()
     stack.push_async_callback(valkey.stop)
-    return url
+    return valkey

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from deltas.errors import UnsupportedBackbone
 from deltas.ops import Mode
@@ -31,6 +32,8 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine:
 
     Raises :class:`server.errors.InvalidRequest` for settings that cannot work, before weights are read where possible.
     """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     data_dir = Path(config.data_dir)
     located = backbones.prepared(backbones.locate(config.backbone, config.backbone_name), data_dir)
     backbones.family(located)

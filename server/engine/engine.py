@@ -169,7 +169,7 @@ class Engine:
         ends = frozenset([*seq.sampling.stop_token_ids, *(() if seq.sampling.ignore_eos else eos)])
         self._rows[seq.id] = _Row(sampler, ends)
         if seq.delta is not None:
-            self.residency.resident(seq.delta)  # starts loading now, so that it is there when a slot is
+            self.residency.prefetch(seq.delta)  # now, so that it is there when a slot is
 
     def _ready(self, seq: Sequence) -> int | None:
         if seq.delta is None:

@@ -1,7 +1,7 @@
 """The engine process: ``python -m server.engine.process FD`` with settings as JSON on the environment's behalf.
 
 The api process starts it with one end of a socket pair and its settings as the first argument. It leaves when that
-socket closes, so it cannot outlive its parent, however the parent ends.
+socket closes, also while it is still loading, so it cannot outlive its parent, however the parent ends.
 """
 
 from __future__ import annotations
@@ -11,13 +11,20 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
-from server.engine.messages import Fatal, Progress, Ready
+from server.engine.messages import Fatal, Progress, Ready, Reply, Request
 from server.engine.wire import EngineSide
 from server.errors import DeltaserveError
+
+
+_Receive = Callable[[Request | None], None]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,29 +54,47 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     side = EngineSide(socket.socket(fileno=int(sys.argv[1])))
     config = msgspec.json.decode(sys.argv[2].encode(), type=EngineConfig)
-    side.send(Progress("importing torch"))
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    receiver: Future[_Receive] = Future()
+    threading.Thread(target=_read, args=(side, receiver), daemon=True, name="inbox").start()
+    send = partial(_send, side)
+    send(Progress("importing torch"))
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is reported through messages
     try:
         from server.engine import build
 
-        engine = build.build(config, side.send)
+        engine = build.build(config, send)
     except DeltaserveError as error:
-        side.send(Fatal(error.message))
+        send(Fatal(error.message))
         sys.exit(2)
-    threading.Thread(target=_read, args=(side, engine.receive), daemon=True, name="inbox").start()
-    side.send(Ready(engine.info))
+    receiver.set_result(engine.receive)
+    send(Ready(engine.info))
     engine.run()
+    _leave()
+
+
+def _read(side: EngineSide, receiver: Future[_Receive]) -> None:
+    """Hands every request to the engine, once there is one, and then None: the api process is gone."""
+    try:
+        while (request := side.receive()) is not None:
+            receiver.result()(request)
+    except OSError:  # reset: it went with something of ours unread
+        request = None
+    if not receiver.done():
+        _leave()
+    receiver.result()(None)
+
+
+def _send(side: EngineSide, reply: Reply) -> None:
+    try:
+        side.send(reply)
+    except (BrokenPipeError, ConnectionResetError):
+        _leave()  # nobody is left to work for
+
+
+def _leave() -> NoReturn:
     # loader threads may be inside native code; nothing of theirs needs an orderly end
     sys.stdout.flush()
     os._exit(0)
-
-
-def _read(side: EngineSide, receive: object) -> None:
-    while True:
-        request = side.receive()
-        receive(request)  # type: ignore[operator]
-        if request is None:
-            return
 
 
 def python_path() -> str:

@@ -74,32 +74,35 @@ class Residency:
         self._finish, self._forget, self._wake = finish, forget, wake
         self._on_device: OrderedDict[str, _Resident] = OrderedDict()
         self._on_host: OrderedDict[str, PackedDelta] = OrderedDict()
-        self._loading: dict[str, float] = {}
-        self._waiting_for_room: list[str] = []
+        self._loading: dict[str, float] = {}  # digest -> when it was first asked for
         self._dropped: set[str] = set()
+        self._short: str | None = None  # the delta that waits for room: no other may take what it needs
+        self._short_asked = False
+        self._promised: set[str] = set()  # found on the device in this step: not evicted before the next
         self._done: list[tuple[str, PackedDelta | DeltaError | OSError]] = []
+        self._failed: list[LoadFailure] = []
         self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="delta-loader")
         self.counts = Counts()
 
+    def prefetch(self, ref: DeltaRef) -> None:
+        """Starts reading a delta from disk, if it is in no tier above; it takes no room on the device yet."""
+        digest = ref.digest
+        self._dropped.discard(digest)
+        if digest not in self._on_device and digest not in self._on_host and digest not in self._loading:
+            self._loading[digest] = time.monotonic()
+            self._pool.submit(self._load, ref)
+
     def resident(self, ref: DeltaRef) -> PackedDelta | None:
-        """The delta if it is on the device; otherwise starts bringing it there and gives None."""
-        self._dropped.discard(ref.digest)
+        """The delta if it is on the device, or can be put there now; otherwise None, and it is on its way."""
+        self.prefetch(ref)
         found = self._on_device.get(ref.digest)
         if found is not None:
             self._on_device.move_to_end(ref.digest)
+            self._promised.add(ref.digest)
             return found.delta
-        if ref.digest in self._loading:
+        if ref.digest not in self._on_host:
             return None
-        self._loading[ref.digest] = time.monotonic()
-        host = self._on_host.get(ref.digest)
-        if host is not None:
-            self._on_host.move_to_end(ref.digest)
-            self.counts.from_host += 1
-            self._waiting_for_room.append(ref.digest)
-            self._wake()
-        else:
-            self._pool.submit(self._load, ref)
-        return None
+        return self._admit(ref.digest)
 
     def acquire(self, digest: str) -> PackedDelta:
         """A row starts to use a resident delta; it stays on the device until the row releases it."""
@@ -118,6 +121,8 @@ class Residency:
     def drop(self, digest: str) -> None:
         """The delta was deleted: it leaves every tier once its last row is done."""
         self._dropped.add(digest)
+        if digest in self._loading:
+            return  # rows wait for it, or it is between tiers; unused, it is the first to go
         found = self._on_device.get(digest)
         if found is None or found.references == 0:
             if found is not None:
@@ -125,54 +130,62 @@ class Residency:
             self._on_host.pop(digest, None)
 
     def collect(self) -> list[LoadFailure]:
-        """Takes in what the loaders finished, and puts on the device what fits. Called between steps."""
-        failures: list[LoadFailure] = []
+        """Takes in what the loaders finished; says what failed. Called once a step, before deltas are asked for."""
         while self._done:
             digest, result = self._done.pop(0)
             if isinstance(result, PackedDelta):
                 self._keep_on_host(digest, result)
                 self.counts.from_disk += 1
-                self._waiting_for_room.append(digest)
             else:
-                del self._loading[digest]
-                self.counts.failures += 1
-                failures.append(LoadFailure(digest, str(result)))
-        waiting, self._waiting_for_room = self._waiting_for_room, []
-        for digest in waiting:
-            failure = self._admit(digest)
-            if failure is not None:
-                failures.append(failure)
+                self._fail(digest, str(result))
+        if not self._short_asked:
+            self._short = None  # nobody wants it any more
+        self._short_asked = False
+        self._promised.clear()
+        failures, self._failed = self._failed, []
         return failures
 
-    def _admit(self, digest: str) -> LoadFailure | None:
+    def _admit(self, digest: str) -> PackedDelta | None:
         delta = self._on_host[digest]
+        self._on_host.move_to_end(digest)
         if delta.nbytes > self._device_bytes:
-            del self._loading[digest]
-            self.counts.failures += 1
-            self._on_host.pop(digest)
             size, budget = delta.nbytes, self._device_bytes
-            return LoadFailure(
-                digest, f"the delta needs {size} bytes on the device; --delta-bytes is {budget}"
-            )
-        if not self._make_room(delta.nbytes):
-            self._waiting_for_room.append(digest)
+            self._on_host.pop(digest)
+            self._fail(digest, f"the delta needs {size} bytes on the device; --delta-bytes is {budget}")
+            self._wake()
             return None
+        if self._short not in (None, digest) or not self._make_room(delta.nbytes):
+            if self._short in (None, digest):
+                self._short, self._short_asked = digest, True
+            return None
+        if self._short == digest:
+            self._short = None
         placed = self._finish(delta.to(self._device))
         self._on_device[digest] = _Resident(placed)
+        self._promised.add(digest)
         if placed.prompt is None and delta.prompt is not None:  # keep what was computed once
             self._keep_on_host(digest, placed.to(torch.device("cpu")))
-        self.counts.seconds.append(time.monotonic() - self._loading.pop(digest))
-        return None
+        asked = self._loading.pop(digest, None)
+        if asked is None:
+            self.counts.from_host += 1
+        else:
+            self.counts.seconds.append(time.monotonic() - asked)
+        return placed
+
+    def _fail(self, digest: str, message: str) -> None:
+        self._loading.pop(digest, None)
+        self.counts.failures += 1
+        self._failed.append(LoadFailure(digest, message))
 
     def _make_room(self, nbytes: int) -> bool:
         over = self.bytes_on_device + nbytes - self._device_bytes
-        idle = [digest for digest, r in self._on_device.items() if r.references == 0]
         victims: list[str] = []
-        for digest in idle:
+        for digest, resident in self._on_device.items():
             if over <= 0:
                 break
-            over -= self._on_device[digest].delta.nbytes
-            victims.append(digest)
+            if resident.references == 0 and digest not in self._promised:
+                over -= resident.delta.nbytes
+                victims.append(digest)
         if over > 0:
             return False
         for digest in victims:
@@ -188,8 +201,8 @@ class Residency:
         for old in list(self._on_host):
             if self.bytes_on_host <= self._host_bytes or old == digest:
                 break
-            if old not in self._loading:
-                del self._on_host[old]
+            del self._on_host[old]
+            self._loading.pop(old, None)
 
     def _load(self, ref: DeltaRef) -> None:
         result: PackedDelta | DeltaError | OSError

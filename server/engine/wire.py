@@ -76,8 +76,8 @@ class ApiSide:
             length = _length(await self._reader.readexactly(HEADER_BYTES))
             reply: Reply = self._decode(await self._reader.readexactly(length))
             return reply
-        except (asyncio.IncompleteReadError, ConnectionResetError):
-            return None
+        except (asyncio.IncompleteReadError, ConnectionResetError, BrokenPipeError):
+            return None  # a broken pipe: what it died of shows first in a send of ours
 
     async def close(self) -> None:
         """Closes our end; the engine process leaves when it sees that."""
