@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltas.errors import InvalidDelta, UnsupportedDelta
+from deltas.errors import InvalidDelta
+from deltas.formats import pickled
 from deltas.formats.header import Header, parse_json, read_header, shown
 
 MAX_JSON_BYTES = 1 << 20
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class DeltaFiles:
@@ -22,6 +25,7 @@ class DeltaFiles:
 
     def __init__(self, mapping: Mapping[str, Path]) -> None:
         self._paths = dict(mapping)
+        self._converted: dict[str, Path] = {}
         self._headers: dict[str, Header] = {}
         self._objects: dict[str, dict[str, Any]] = {}
 
@@ -48,17 +52,11 @@ class DeltaFiles:
     def header(self, name: str) -> Header:
         """Names, dtypes and shapes in a tensor file; reads its header only.
 
-        Raises :class:`InvalidDelta`, and :class:`UnsupportedDelta` for a pickled file: those are never opened
-        in this process. A conversion, in a process of its own, belongs here.
+        A pickled file is converted first, which takes a process and seconds: see :mod:`deltas.formats.pickled`.
+        Raises :class:`InvalidDelta` or, for a dtype that is not a float, :class:`UnsupportedDelta`.
         """
-        if name.endswith(_PICKLED):
-            raise UnsupportedDelta(
-                f"{name} is a pickled file, which is not accepted; save the delta again as safetensors "
-                "(PEFT: the default of save_pretrained; AdapterHub: save_adapter(..., use_safetensors=True))",
-                field=name,
-            )
         if name not in self._headers:
-            self._headers[name] = read_header(self._path(name), name)
+            self._headers[name] = read_header(self._safetensors(name), name)
         return self._headers[name]
 
     def tensors(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
@@ -70,7 +68,7 @@ class DeltaFiles:
         header = self.header(name)
         loaded: dict[str, Tensor] = {}
         try:
-            with safe_open(str(self._path(name)), framework="pt", device="cpu") as file:
+            with safe_open(str(self._safetensors(name)), framework="pt", device="cpu") as file:
                 for key in keys:
                     # A clone, since the file may go away and its pages with it.
                     loaded[key] = file.get_tensor(key).clone()
@@ -85,6 +83,17 @@ class DeltaFiles:
             if tensor.dtype == torch.float64:
                 loaded[key] = _narrowed(key, tensor)
         return loaded
+
+    def _safetensors(self, name: str) -> Path:
+        """The file itself, or the safetensors file made of a pickled one; that lives as long as this object."""
+        path = self._path(name)
+        if not name.endswith(pickled.SUFFIXES):
+            return path
+        if name not in self._converted:
+            folder = Path(mkdtemp(prefix="converted-", dir=path.parent))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._converted[name] = pickled.convert(path, name, folder)
+        return self._converted[name]
 
     def _path(self, name: str) -> Path:
         if name not in self._paths:

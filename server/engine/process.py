@@ -23,7 +23,6 @@ from server.engine.messages import Fatal, Progress, Ready, Reply, Request
 from server.engine.wire import EngineSide
 from server.errors import DeltaserveError
 
-
 _Receive = Callable[[Request | None], None]
 
 

@@ -1,0 +1,57 @@
+"""A tiny backbone with a long context, so that rows run for seconds, and a server over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from deltas.backbones import describe
+from deltas.formats import native
+from tests.api.command import Server, serving
+from tests.faults.requests import POSITIONS
+from tests.tiny import random_delta, write_backbone
+
+Native = Callable[[str, int], Path]
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The backbone's folder; its public name is ``tiny``."""
+    return write_backbone(tmp_path_factory.mktemp("backbones") / "tiny", positions=POSITIONS)
+
+
+@pytest.fixture(scope="session")
+def flags(backbone: Path) -> list[str]:
+    """What every server here is started with."""
+    return ["--backbone", str(backbone), "--dtype", "float32"]
+
+
+@pytest.fixture(scope="session")
+def native_file(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Native:
+    """Makes a random delta of a kind and a seed in the native format, the same one each time."""
+    spec = describe(AutoConfig.from_pretrained(backbone), "any")
+    folder = tmp_path_factory.mktemp("native")
+
+    def make(kind: str, seed: int) -> Path:
+        path = folder / f"{kind}-{seed}.safetensors"
+        if not path.exists():
+            native.save(random_delta(spec, kind, seed), path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one_server(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("shared") / "data", *flags) as running:
+        yield running
+
+
+@pytest.fixture
+def server(one_server: Server) -> Server:
+    """A server that outlives its engine and its Valkey, and so is shared by the tests that kill those."""
+    one_server.wait_ready()
+    return one_server

@@ -1,0 +1,191 @@
+"""Tiers: budgets hold, nothing in use leaves, a large delta is not starved by small ones, deleted deltas go."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from deltas.backbones import describe
+from deltas.bank import PackedDelta
+from deltas.delta import Component, Delta
+from deltas.formats import native
+from deltas.sites import BackboneSpec, SiteKind
+from server.engine.residency import LoadFailure, Residency
+from server.types import DeltaRef
+
+SPEC: BackboneSpec = describe(
+    LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    ),
+    "test",
+)
+
+
+def lora(rank: int, seed: int) -> Delta:
+    make = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for site in SPEC.of_kind(SiteKind.LINEAR):
+        if site.name.endswith("attn.q"):
+            tensors[f"{site.name}/A"] = torch.randn(rank, site.in_features, generator=make)
+            tensors[f"{site.name}/B"] = torch.randn(site.out_features, rank, generator=make)
+    return Delta((Component("lora", {"scale": 1.0}, tensors),))
+
+
+class Tiers:
+    """A residency whose loaders can be waited for."""
+
+    def __init__(self, folder: Path, *, device_bytes: int, host_bytes: int = 1 << 30) -> None:
+        self.folder = folder
+        self.woken: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.left: list[PackedDelta] = []
+        self.it = Residency(
+            SPEC,
+            torch.float32,
+            torch.device("cpu"),
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            finish=lambda delta: delta,
+            forget=self.left.append,
+            wake=lambda: self.woken.put(None),
+        )
+
+    def ref(self, rank: int, seed: int) -> DeltaRef:
+        delta = lora(rank, seed)
+        path = self.folder / f"{delta.digest}.safetensors"
+        native.save(delta, path)
+        return DeltaRef(delta.digest, str(path))
+
+    def fetched(self, *refs: DeltaRef) -> list[LoadFailure]:
+        """Reads these from disk and takes them in, as the next step would."""
+        for ref in refs:
+            self.it.prefetch(ref)
+        for _ in refs:
+            self.woken.get(timeout=30)
+        return self.it.collect()
+
+    def use(self, ref: DeltaRef) -> bool:
+        """What a step does for a row: asks, and if the answer is the delta, acquires it."""
+        if self.it.resident(ref) is None:
+            return False
+        self.it.acquire(ref.digest)
+        return True
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Tiers]]:
+    made: list[Tiers] = []
+
+    def start(**budgets: int) -> Tiers:
+        made.append(Tiers(tmp_path, **budgets))
+        return made[-1]
+
+    yield start
+    for tiers in made:
+        tiers.it.close()
+
+
+def size_of(make: Callable[..., Tiers], rank: int) -> int:
+    tiers = make(device_bytes=1 << 30)
+    ref = tiers.ref(rank, 99)
+    assert not tiers.fetched(ref)
+    assert tiers.use(ref)
+    return tiers.it.bytes_on_device
+
+
+def test_nothing_in_use_is_evicted_and_the_budget_holds(make: Callable[..., Tiers]) -> None:
+    size = size_of(make, 4)
+    tiers = make(device_bytes=2 * size)
+    a, b, c = (tiers.ref(4, seed) for seed in range(3))
+    tiers.fetched(a, b, c)
+    assert tiers.use(a)
+    assert tiers.use(b)
+    assert not tiers.use(c)
+    assert tiers.it.bytes_on_device <= 2 * size
+    tiers.it.release(a.digest)
+    tiers.it.collect()
+    assert tiers.use(c)
+    assert [len(tiers.left), tiers.it.count_on_device] == [1, 2]
+    assert not tiers.use(a)
+
+
+def test_what_a_step_was_promised_stays_until_the_next(make: Callable[..., Tiers]) -> None:
+    """A delta that was found resident must still be there when its row is admitted later in the same step."""
+    size = size_of(make, 4)
+    tiers = make(device_bytes=size)
+    a, b = tiers.ref(4, 0), tiers.ref(4, 1)
+    tiers.fetched(a, b)
+    assert tiers.it.resident(a) is not None
+    assert tiers.it.resident(b) is None
+    tiers.it.acquire(a.digest)
+
+
+def test_a_large_delta_is_not_starved_by_small_ones(make: Callable[..., Tiers]) -> None:
+    small, large = size_of(make, 2), size_of(make, 16)
+    tiers = make(device_bytes=large)
+    big = tiers.ref(16, 0)
+    first, second = tiers.ref(2, 1), tiers.ref(2, 2)
+    tiers.fetched(big, first, second)
+    assert tiers.use(first)
+    tiers.it.collect()
+    assert not tiers.use(big)  # has to wait for the first to leave
+    assert small < large
+    assert not tiers.use(second), "a newcomer took the room that the large one waits for"
+    tiers.it.release(first.digest)
+    tiers.it.collect()
+    assert tiers.use(big)
+
+
+def test_a_delta_nobody_waits_for_any_more_blocks_nobody(make: Callable[..., Tiers]) -> None:
+    tiers = make(device_bytes=size_of(make, 16))
+    big = tiers.ref(16, 0)
+    first, second = tiers.ref(2, 1), tiers.ref(2, 2)
+    tiers.fetched(big, first, second)
+    assert tiers.use(first)
+    assert not tiers.use(big)
+    tiers.it.collect()
+    tiers.it.collect()  # a whole step in which nobody asked for it
+    assert tiers.use(second)
+
+
+def test_a_delta_larger_than_the_device_fails_with_the_setting_to_change(make: Callable[..., Tiers]) -> None:
+    tiers = make(device_bytes=1000)
+    big = tiers.ref(16, 0)
+    tiers.fetched(big)
+    assert tiers.it.resident(big) is None
+    (failure,) = tiers.it.collect()
+    assert failure.digest == big.digest
+    assert "--delta-bytes" in failure.message
+
+
+def test_a_dropped_delta_leaves_after_its_last_row(make: Callable[..., Tiers]) -> None:
+    tiers = make(device_bytes=1 << 30)
+    ref = tiers.ref(4, 0)
+    tiers.fetched(ref)
+    assert tiers.use(ref)
+    tiers.it.drop(ref.digest)
+    assert tiers.it.count_on_device == 1
+    tiers.it.release(ref.digest)
+    assert tiers.it.count_on_device == tiers.it.count_on_host == 0
+
+
+def test_the_host_tier_keeps_to_its_budget(make: Callable[..., Tiers]) -> None:
+    size = size_of(make, 4)
+    tiers = make(device_bytes=1 << 30, host_bytes=2 * size)
+    refs = [tiers.ref(4, seed) for seed in range(5)]
+    tiers.fetched(*refs)
+    assert tiers.it.bytes_on_host <= 2 * size
+    for ref in refs:  # those that were pushed out are read again
+        while not tiers.use(ref):
+            tiers.woken.get(timeout=30)
+            tiers.it.collect()
