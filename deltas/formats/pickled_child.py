@@ -168,7 +168,7 @@ def checked(loaded: object, job: Job, size: int) -> dict[str, Tensor]:
 def nbytes(name: str, value: object) -> int:
     """Bytes of one value, once written. Raises :class:`Refused` unless it is a dense tensor of floats."""
     if type(value) not in (Tensor, torch.nn.Parameter) or not isinstance(value, Tensor):
-        _refuse(name, f"is a {type(value).__name__}, not a tensor; the dict must be flat")
+        _refuse(name, f"is of type {type(value).__name__}, not a tensor; the dict must be flat")
     if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
         _refuse(name, "is not a dense tensor")
     if value.is_quantized or value.dtype not in _DTYPES:

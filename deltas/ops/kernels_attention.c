@@ -13,8 +13,7 @@
 
 INLINE int64_t blocks_of(int64_t length) { return length > BLOCK ? (length + BLOCK - 1) / BLOCK : 1; }
 
-/* A thread's place among the tasks: they run over rows, key heads, chunks of query heads and blocks of keys.
- */
+/* A thread's place among the tasks: they run over rows, key heads, chunks of heads and blocks of keys. */
 typedef struct {
     int64_t row, first, spill; /* the row's first task; the tasks before it of rows longer than one block */
     int64_t unit, block;       /* of the current task */

@@ -1,15 +1,15 @@
-/* ds_patch: the patches of many deltas at one site, in place; kernels.c includes this once per storage type.
- */
+/* ds_patch: the patches of many deltas at one site, in place; kernels.c includes this for each dtype. */
 #ifndef DS_PATCH_COMMON
 #define DS_PATCH_COMMON
 enum { READS_X, READS_Y, READS_X_AND_Y, READS_RESIDUAL };
-#define TOKENS 4  /* tokens that share one reading of the factors */
-#define UNIT 16   /* tokens of one unit of work */
+#define TOKENS 4                                  /* tokens that share one reading of the factors */
+#define UNIT 16                                   /* tokens of one unit of work */
+#define LINES ((int)(PAIR * sizeof(T) + 63) / 64) /* cache lines of a pair */
 #define FEW 32768 /* multiply-adds below which waking the other threads costs more than it gives */
 #if LANES == 16
-#define CHAINS 2 /* pairs of independent sums, to hide the latency of additions */
+#define DOT_ROWS 4
 #else
-#define CHAINS 1
+#define DOT_ROWS 2
 #endif
 
 /* One line of the table: 11 fields of 8 bytes, in the order of deltas/ops/native.py's ENTRY_FIELDS. */
@@ -49,104 +49,64 @@ INLINE int64_t find(cursor *c, const entry *table, int64_t unit) {
 }
 #endif
 
-/* h[t] = z_t . row for n tokens; summed in the same order for every n. */
-INLINE void NAME(dots)(int n, const float *z, int64_t padded, const T *row, int64_t in, float *h,
+/* h[t][r] = z_t . down_r for n tokens and m rows of down; summed in the same order for every n and m. */
+INLINE void NAME(dots)(int n, int m, const float *z, int64_t padded, const T *down, int64_t in, float *h,
                        int64_t rank, ahead *next) {
     ahead coming = *next;
-    pair acc[TOKENS][CHAINS];
+    vf acc[4][8];
     UNROLL
     for (int t = 0; t < n; t++) {
         UNROLL
-        for (int c = 0; c < CHAINS; c++) acc[t][c] = (pair){splat(0.0f), splat(0.0f)};
+        for (int r = 0; r < m; r++) acc[t][r] = splat(0.0f);
     }
     int64_t i = 0;
-    for (; i + CHAINS * PAIR <= in; i += CHAINS * PAIR) {
-        coming = fetch(coming, CHAINS * PAIR * sizeof(T));
+    for (; i + PAIR <= in; i += PAIR) {
+        pair a[8];
+        coming = fetch(coming, m * LINES);
         UNROLL
-        for (int c = 0; c < CHAINS; c++) {
-            pair a = NAME(load)(row + i + c * PAIR);
+        for (int r = 0; r < m; r++) a[r] = NAME(load)(down + r * in + i);
+        UNROLL
+        for (int t = 0; t < n; t++) {
+            vf za = load_f(z + t * padded + i), zb = load_f(z + t * padded + i + LANES);
             UNROLL
-            for (int t = 0; t < n; t++) {
-                const float *zt = z + t * padded + i + c * PAIR;
-                acc[t][c].a += load_f(zt) * a.a;
-                acc[t][c].b += load_f(zt + LANES) * a.b;
+            for (int r = 0; r < m; r++) {
+                acc[t][r] += za * a[r].a;
+                acc[t][r] += zb * a[r].b;
             }
         }
     }
-    for (; i < in; i += PAIR) {
-        pair a = NAME(load_some)(row + i, in - i);
+    if (i < in) {
         UNROLL
-        for (int t = 0; t < n; t++) {
-            acc[t][0].a += load_f(z + t * padded + i) * a.a;
-            acc[t][0].b += load_f(z + t * padded + i + LANES) * a.b;
+        for (int r = 0; r < m; r++) {
+            pair a = NAME(load_part)(down + r * in + i, in - i);
+            UNROLL
+            for (int t = 0; t < n; t++) {
+                acc[t][r] += load_f(z + t * padded + i) * a.a;
+                acc[t][r] += load_f(z + t * padded + i + LANES) * a.b;
+            }
         }
     }
     *next = coming;
     UNROLL
     for (int t = 0; t < n; t++) {
-        vf all = acc[t][0].a + acc[t][0].b;
-        if (CHAINS > 1) all += acc[t][CHAINS - 1].a + acc[t][CHAINS - 1].b;
-        h[t * rank] = sum(all);
-    }
-}
-
-/* One pair of columns of add_row, the last of them maybe partial. */
-INLINE void NAME(add_pair)(int first, int last, float h, const T *row, int64_t n, const T *shift, T *y,
-                           float *acc) {
-    pair b = NAME(load_some)(row, n);
-    pair v = first ? NAME(load_some)(y, n) : (pair){load_f(acc), load_f(acc + LANES)};
-    v.a += h * b.a;
-    v.b += h * b.b;
-    if (last) {
-        if (shift != NULL) {
-            pair s = NAME(load_some)(shift, n);
-            v.a += s.a;
-            v.b += s.b;
-        }
-        NAME(store_some)(y, v, n);
-    } else {
-        store_f(acc, v.a);
-        store_f(acc + LANES, v.b);
-    }
-}
-/* Adds h * row for one token, row by row: the sums come from y (first row) or acc, and go to acc or y (last).
- */
-INLINE void NAME(add_row)(int first, int last, float h, const T *row, int64_t out, const T *shift, T *y,
-                          float *acc, ahead *next) {
-    ahead coming = *next;
-    int64_t o = 0;
-    for (; o + 2 * PAIR <= out; o += 2 * PAIR) {
-        coming = fetch(coming, 2 * PAIR * sizeof(T));
         UNROLL
-        for (int64_t c = o; c < o + 2 * PAIR; c += PAIR)
-            NAME(add_pair)(first, last, h, row + c, PAIR, shift ? shift + c : NULL, y + c, acc + c);
+        for (int r = 0; r < m; r++) h[t * rank + r] = sum(acc[t][r]);
     }
-    for (; o < out; o += PAIR)
-        NAME(add_pair)(first, last, h, row + o, out - o, shift ? shift + o : NULL, y + o, acc + o);
-    *next = coming;
-}
-INLINE void NAME(spread_one)(const float *h, const T *up, int64_t rank, int64_t out, const T *shift, T *y,
-                             float *acc, ahead *next) {
-    const T *final = up + (rank - 1) * out;
-    if (rank == 1) {
-        NAME(add_row)(1, 1, h[0], up, out, shift, y, acc, next);
-        return;
-    }
-    NAME(add_row)(1, 0, h[0], up, out, NULL, y, acc, next);
-    for (int64_t r = 1; r < rank - 1; r++) NAME(add_row)(0, 0, h[r], up + r * out, out, NULL, y, acc, next);
-    NAME(add_row)(0, 1, h[rank - 1], final, out, shift, y, acc, next);
 }
 
-/* The same for n tokens and `pairs` pairs of columns, the last maybe partial, with the sums in registers. */
+/* y[t][0:count] += h_t . up[:, 0:count] + shift for n tokens and `pairs` pairs of columns; the last may be
+ * partial. */
 INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t rank, int64_t out,
-                         const T *shift, T *y, int64_t ldy, int64_t count) {
-    pair acc[TOKENS][2];
+                         const T *shift, T *y, int64_t ldy, int64_t count, ahead *next) {
+    ahead coming = *next;
+    pair acc[4][4];
     UNROLL
     for (int t = 0; t < n; t++) {
         UNROLL
         for (int p = 0; p < pairs; p++) acc[t][p] = NAME(load_some)(y + t * ldy + p * PAIR, count - p * PAIR);
     }
     for (int64_t r = 0; r < rank; r++) {
+        coming = fetch(coming, pairs * LINES);
         UNROLL
         for (int p = 0; p < pairs; p++) {
             pair b = NAME(load_some)(up + r * out + p * PAIR, count - p * PAIR);
@@ -157,6 +117,7 @@ INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t 
             }
         }
     }
+    *next = coming;
     if (shift != NULL) {
         UNROLL
         for (int p = 0; p < pairs; p++) {
@@ -197,28 +158,32 @@ INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, i
                                float *scratch, ahead *next) {
     int64_t rank = e->rank, padded = round_up(in, PAIR);
     const T *down = e->down, *bias = e->down_bias, *up = e->up;
-    const T *shift = e->shift;
-    float *z = scratch, *h = z + TOKENS * padded, *acc = h + round_up(TOKENS * rank, 16);
+    float *z = scratch, *h = scratch + TOKENS * padded;
     if (rank > 0) {
+        const int wide = n == 1 ? 2 * DOT_ROWS : DOT_ROWS;
         NAME(gather_input)(n, e->reads, x, ldx, y, ldy, in, z, padded);
-        for (int64_t r = 0; r < rank; r++) NAME(dots)(n, z, padded, down + r * in, in, h + r, rank, next);
+        int64_t r = 0;
+        for (; r + wide <= rank; r += wide)
+            NAME(dots)(n, wide, z, padded, down + r * in, in, h + r, rank, next);
+        for (; r + DOT_ROWS <= rank; r += DOT_ROWS)
+            NAME(dots)(n, DOT_ROWS, z, padded, down + r * in, in, h + r, rank, next);
+        for (; r < rank; r++) NAME(dots)(n, 1, z, padded, down + r * in, in, h + r, rank, next);
         if (bias != NULL || e->activation != IDENTITY)
             for (int t = 0; t < n; t++)
-                for (int64_t r = 0; r < rank; r++) {
+                for (r = 0; r < rank; r++) {
                     float v = h[t * rank + r];
                     if (bias != NULL) v += NAME(load_one)(bias + r);
                     h[t * rank + r] = activate(v, e->activation);
                 }
     }
-    if (n == 1 && rank > 0) {
-        NAME(spread_one)(h, up, rank, e->out, shift, y, acc, next + 1);
-        return;
-    }
+    const int pairs = n == 1 && LANES == 16 ? 4 : 2;
     int64_t o = 0;
-    for (; o + 2 * PAIR <= e->out; o += 2 * PAIR)
-        NAME(spread)(n, 2, h, up + o, rank, e->out, shift ? shift + o : NULL, y + o, ldy, 2 * PAIR);
+    for (; o + pairs * PAIR <= e->out; o += pairs * PAIR)
+        NAME(spread)(n, pairs, h, up + o, rank, e->out, e->shift ? (const T *)e->shift + o : NULL, y + o, ldy,
+                     pairs * PAIR, next + 1);
     for (; o < e->out; o += PAIR)
-        NAME(spread)(n, 1, h, up + o, rank, e->out, shift ? shift + o : NULL, y + o, ldy, e->out - o);
+        NAME(spread)(n, 1, h, up + o, rank, e->out, e->shift ? (const T *)e->shift + o : NULL, y + o, ldy,
+                     e->out - o, next + 1);
 }
 
 static void NAME(patch_unit)(const entry *e, int64_t token0, const T *x, int64_t ldx, int64_t in, T *y,
@@ -233,8 +198,8 @@ static void NAME(patch_unit)(const entry *e, int64_t token0, const T *x, int64_t
 
 /* y[t, out0:out0+out] += up^T act(down z_t + down_bias) + shift for the tokens of every entry; z by `reads`:
  * x, y's own columns, their sum, or x as the residual. x is [tokens, in], y [tokens, columns]. Entries may
- * overlap only where one directly follows the other in the table with the same tokens; they apply in order.
- */
+ * overlap only where one directly follows the other in the table with the same tokens; then they apply in
+ * order. */
 EXPORT int NAME(ds_patch)(const void *lines, int64_t entries, const void *x, int64_t ldx, int64_t in, void *y,
                           int64_t ldy, int64_t tokens, int64_t columns) {
     const entry *table = lines;
@@ -248,8 +213,7 @@ EXPORT int NAME(ds_patch)(const void *lines, int64_t entries, const void *x, int
     }
     if (units == 0) return 0;
     int threads = work < FEW ? 1 : (int)min64(omp_get_max_threads(), units);
-    int64_t each = TOKENS * round_up(in, PAIR) + round_up(TOKENS * rank, 16) + round_up(columns, PAIR);
-    each = round_up(each, 16);
+    int64_t each = round_up(TOKENS * (round_up(in, PAIR) + rank), 16);
     float *scratch = aligned_alloc(64, (size_t)(each * threads) * sizeof(float));
     if (scratch == NULL) return NO_MEMORY;
     int64_t taken = 0;

@@ -32,8 +32,8 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine:
 
     Raises :class:`server.errors.InvalidRequest` for settings that cannot work, before weights are read where possible.
     """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     data_dir = Path(config.data_dir)
     located = backbones.prepared(backbones.locate(config.backbone, config.backbone_name), data_dir)
     backbones.family(located)

@@ -15,6 +15,7 @@ from torch import Tensor
 from deltas.ops.native import Kernels
 from deltas.sites import BackboneSpec
 
+KERNEL_CHUNK_END = 1024  # keys: prompts up to here are faster token by token from the cache than through SDPA
 RETURN_PAGES_ABOVE = 1024  # tokens: below this, keeping the pages costs less than faulting them in again
 
 
@@ -77,24 +78,23 @@ class Attention:
         self.kernels = kernels
         device = kv.data.device
         self.rows = list(zip(slots, starts, counts, strict=True))
-        self.slots = torch.tensor(slots, device=device)
-        self.ends = torch.tensor([s + c for s, c in zip(starts, counts, strict=True)], device=device)
-        if all(count == 1 for count in counts):
-            self.token_slots, self.token_positions = self.slots, self.ends - 1
-        else:
-            self.token_slots = torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=device)
-            self.token_positions = torch.tensor(
-                [p for _, b, c in self.rows for p in range(b, b + c)], device=device
-            )
-        # runs of single-token rows are served at once; anything longer row by row
-        self.pieces: list[tuple[int, int, int]] = []  # (first row, rows, first token)
+        self.token_slots = torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=device)
+        self.token_positions = torch.tensor(
+            [p for _, b, c in self.rows for p in range(b, b + c)], device=device
+        )
+        self.token_lengths = self.token_positions + 1
+        # runs of tokens that one kernel call can serve, and long chunks that are better served row by row
+        self.runs: list[tuple[int, int]] = []  # (first token, tokens)
+        self.chunks: list[tuple[int, int]] = []  # (row, first token)
         token = 0
-        for i, count in enumerate(counts):
-            if count == 1 and self.pieces and counts[i - 1] == 1:
-                first, rows, at = self.pieces[-1]
-                self.pieces[-1] = (first, rows + 1, at)
+        for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            alone = count > 1 and (kernels is None or start + count > KERNEL_CHUNK_END)
+            if alone:
+                self.chunks.append((i, token))
+            elif self.runs and sum(self.runs[-1]) == token:
+                self.runs[-1] = (self.runs[-1][0], self.runs[-1][1] + count)
             else:
-                self.pieces.append((i, 1, token))
+                self.runs.append((token, count))
             token += count
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -106,52 +106,49 @@ class Attention:
             keys[self.token_slots, :, self.token_positions] = k
             values[self.token_slots, :, self.token_positions] = v
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for first, rows, token in self.pieces:
-            slot, start, count = self.rows[first]
-            if rows == 1 and count > 1:
-                part = slice(token, token + count)
-                out[part] = self._chunk(q[part], keys[slot], values[slot], start, count, scale)
-                continue
-            part, which = slice(token, token + rows), slice(first, first + rows)
-            if self.kernels is not None:
-                self.kernels.decode_attention(
-                    q[part], keys, values, self.slots[which], self.ends[which], scale, out[part]
-                )
+        for first, count in self.runs:
+            part = slice(first, first + count)
+            slots, lengths = self.token_slots[part], self.token_lengths[part]
+            if self.kernels is not None:  # a chunk's tokens are rows of growing length in one slot
+                self.kernels.decode_attention(q[part], keys, values, slots, lengths, scale, out[part])
             else:
-                longest = max(start + count for _, start, count in self.rows[which])
-                out[part] = self._decode(q[part], keys, values, which, longest, scale)
+                out[part] = _decode(q[part], keys, values, slots, lengths, scale)
+        for i, first in self.chunks:
+            slot, start, count = self.rows[i]
+            part = slice(first, first + count)
+            out[part] = _chunk(q[part], keys[slot], values[slot], start, count, scale)
         return out
 
-    def _chunk(self, q: Tensor, keys: Tensor, values: Tensor, start: int, count: int, scale: float) -> Tensor:
-        """Causal attention of ``count`` tokens of one row that follow ``start`` cached ones."""
-        end = start + count
-        mask = None
-        if start:
-            mask = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(start)
-        attended = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            keys[None, :, :end],
-            values[None, :, :end],
-            attn_mask=mask,
-            is_causal=start == 0,
-            scale=scale,
-            enable_gqa=q.shape[1] != keys.shape[0],
-        )
-        return attended[0].transpose(0, 1)
 
-    def _decode(
-        self, q: Tensor, keys: Tensor, values: Tensor, which: slice, longest: int, scale: float
-    ) -> Tensor:
-        """One token a row against its slot, in plain torch: gathered to the longest row and masked."""
-        rows, heads, width = q.shape
-        kv_heads = keys.shape[1]
-        slots = self.slots[which]
-        k = keys[slots, :, :longest]
-        v = values[slots, :, :longest]
-        grouped = q.view(rows, kv_heads, heads // kv_heads, width)
-        scores = torch.matmul(grouped, k.transpose(2, 3)).float() * scale
-        hidden = torch.arange(longest, device=q.device) >= self.ends[which, None]
-        weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).to(q.dtype)
-        # a released slot may hold anything beyond the row's end; 0 * NaN would let it through
-        v = v.masked_fill(hidden[:, None, :, None], 0)
-        return torch.matmul(weights, v).reshape(rows, heads, width)
+def _chunk(q: Tensor, keys: Tensor, values: Tensor, start: int, count: int, scale: float) -> Tensor:
+    """Causal attention of ``count`` tokens of one row that follow ``start`` cached ones."""
+    end = start + count
+    mask = None
+    if start:
+        mask = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(start)
+    attended = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys[None, :, :end],
+        values[None, :, :end],
+        attn_mask=mask,
+        is_causal=start == 0,
+        scale=scale,
+        enable_gqa=q.shape[1] != keys.shape[0],
+    )
+    return attended[0].transpose(0, 1)
+
+
+def _decode(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """One token a row against its slot, in plain torch: gathered to the longest row and masked."""
+    rows, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    longest = int(lengths.max())
+    k = keys[slots, :, :longest]
+    v = values[slots, :, :longest]
+    grouped = q.reshape(rows, kv_heads, heads // kv_heads, width)
+    scores = torch.matmul(grouped, k.transpose(2, 3)).float() * scale
+    hidden = torch.arange(longest, device=q.device) >= lengths[:, None]
+    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).to(q.dtype)
+    # a released slot may hold anything beyond the row's end; 0 * NaN would let it through
+    v = v.masked_fill(hidden[:, None, :, None], 0)
+    return torch.matmul(weights, v).reshape(rows, heads, width)

@@ -57,6 +57,9 @@ def main() -> None:
     threading.Thread(target=_read, args=(side, receiver), daemon=True, name="inbox").start()
     send = partial(_send, side)
     send(Progress("importing torch"))
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # huge pages for the arenas; read when torch is imported
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is reported through messages
     try:
         from server.engine import build

@@ -74,7 +74,8 @@ class Residency:
         self._finish, self._forget, self._wake = finish, forget, wake
         self._on_device: OrderedDict[str, _Resident] = OrderedDict()
         self._on_host: OrderedDict[str, PackedDelta] = OrderedDict()
-        self._loading: dict[str, float] = {}  # digest -> when it was first asked for
+        self._loading: set[str] = set()  # in a loader's hands
+        self._asked: dict[str, float] = {}  # when a delta that is not on the device was first asked for
         self._dropped: set[str] = set()
         self._short: str | None = None  # the delta that waits for room: no other may take what it needs
         self._short_asked = False
@@ -89,7 +90,8 @@ class Residency:
         digest = ref.digest
         self._dropped.discard(digest)
         if digest not in self._on_device and digest not in self._on_host and digest not in self._loading:
-            self._loading[digest] = time.monotonic()
+            self._loading.add(digest)
+            self._asked[digest] = time.monotonic()
             self._pool.submit(self._load, ref)
 
     def resident(self, ref: DeltaRef) -> PackedDelta | None:
@@ -112,32 +114,34 @@ class Residency:
 
     def release(self, digest: str) -> None:
         """A row ended."""
-        found = self._on_device[digest]
-        found.references -= 1
-        if found.references == 0 and digest in self._dropped:
-            self._evict(digest)
-            self._on_host.pop(digest, None)
+        self._on_device[digest].references -= 1
+        if digest in self._dropped:
+            self.drop(digest)
 
     def drop(self, digest: str) -> None:
-        """The delta was deleted: it leaves every tier once its last row is done."""
-        self._dropped.add(digest)
-        if digest in self._loading:
-            return  # rows wait for it, or it is between tiers; unused, it is the first to go
+        """The delta was deleted: it leaves every tier, once its last row is done and no loader is at it."""
         found = self._on_device.get(digest)
-        if found is None or found.references == 0:
-            if found is not None:
-                self._evict(digest)
-            self._on_host.pop(digest, None)
+        if digest in self._loading or (found is not None and found.references):
+            self._dropped.add(digest)
+            return
+        self._dropped.discard(digest)
+        self._on_host.pop(digest, None)
+        self._asked.pop(digest, None)
+        if found is not None:
+            self._evict(digest)
 
     def collect(self) -> list[LoadFailure]:
         """Takes in what the loaders finished; says what failed. Called once a step, before deltas are asked for."""
         while self._done:
             digest, result = self._done.pop(0)
+            self._loading.discard(digest)
             if isinstance(result, PackedDelta):
                 self._keep_on_host(digest, result)
                 self.counts.from_disk += 1
             else:
                 self._fail(digest, str(result))
+            if digest in self._dropped:
+                self.drop(digest)
         if not self._short_asked:
             self._short = None  # nobody wants it any more
         self._short_asked = False
@@ -165,7 +169,7 @@ class Residency:
         self._promised.add(digest)
         if placed.prompt is None and delta.prompt is not None:  # keep what was computed once
             self._keep_on_host(digest, placed.to(torch.device("cpu")))
-        asked = self._loading.pop(digest, None)
+        asked = self._asked.pop(digest, None)
         if asked is None:
             self.counts.from_host += 1
         else:
@@ -173,7 +177,7 @@ class Residency:
         return placed
 
     def _fail(self, digest: str, message: str) -> None:
-        self._loading.pop(digest, None)
+        self._asked.pop(digest, None)
         self.counts.failures += 1
         self._failed.append(LoadFailure(digest, message))
 
@@ -202,7 +206,7 @@ class Residency:
             if self.bytes_on_host <= self._host_bytes or old == digest:
                 break
             del self._on_host[old]
-            self._loading.pop(old, None)
+            self._asked.pop(old, None)
 
     def _load(self, ref: DeltaRef) -> None:
         result: PackedDelta | DeltaError | OSError

@@ -22,7 +22,9 @@ LONG = 3500  # tokens: seconds, whatever the machine
 
 def upload(http: httpx.Client, name: str, file: Path) -> httpx.Response:
     """Push a native file."""
-    return http.post("/v1/deltas", data={"name": name}, files={"file": ("delta.safetensors", file.read_bytes())})
+    return http.post(
+        "/v1/deltas", data={"name": name}, files={"file": ("delta.safetensors", file.read_bytes())}
+    )
 
 
 def body(model: str, tokens: int, **extra: Any) -> dict[str, Any]:

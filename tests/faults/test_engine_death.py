@@ -47,7 +47,9 @@ async def test_streams_end_and_deltas_return(server: Server, native_file: Native
             assert late.error["code"] == "engine_restarting"
             assert "retry-after" in late.headers
         # the next one dies while it starts
-        eventually(lambda: server.child("server.engine.process") not in (None, engine), within=30, what="another")
+        eventually(
+            lambda: server.child("server.engine.process") not in (None, engine), within=30, what="another"
+        )
         server.engine.kill()
         assert await asyncio.to_thread(http.get, "/health/live")
         unready = http.get("/health/ready")
@@ -66,7 +68,9 @@ async def test_uploads_while_the_engine_is_away(server: Server, native_file: Nat
     with server.http() as http:
         server.engine.kill()
         refused = eventually(
-            lambda: (r := upload(http, "away", native_file("lora", 50))).status_code == 503 and r, within=SECONDS, what="503"
+            lambda: (r := upload(http, "away", native_file("lora", 50))).status_code == 503 and r,
+            within=SECONDS,
+            what="503",
         )
         assert refused.json()["error"]["code"] == "engine_restarting"
         server.wait_ready()

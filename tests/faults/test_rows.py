@@ -50,7 +50,7 @@ async def test_a_client_that_hangs_up_frees_its_row(server: Server, native_file:
 
 
 async def test_a_deleted_delta_serves_its_running_rows(server: Server, native_file: Native) -> None:
-    tokens = 1500
+    tokens = 600
     with server.http() as http:
         assert upload(http, "doomed", native_file("lora", 61)).status_code == 201
         alone = answer(http, "doomed")

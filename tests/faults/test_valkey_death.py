@@ -11,7 +11,7 @@ from tests.faults.requests import answer, body, streaming, upload
 
 pytestmark = [pytest.mark.anyio, pytest.mark.xdist_group("faults")]
 
-TOKENS = 1500
+TOKENS = 600
 
 
 async def test_it_comes_back_with_everything(server: Server, native_file: Native) -> None:

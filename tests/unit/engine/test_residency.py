@@ -189,3 +189,15 @@ def test_the_host_tier_keeps_to_its_budget(make: Callable[..., Tiers]) -> None:
         while not tiers.use(ref):
             tiers.woken.get(timeout=30)
             tiers.it.collect()
+
+
+def test_a_delta_dropped_while_it_loads_is_not_kept(make: Callable[..., Tiers]) -> None:
+    tiers = make(device_bytes=1 << 30)
+    ref = tiers.ref(4, 0)
+    tiers.it.prefetch(ref)
+    tiers.it.drop(ref.digest)
+    tiers.woken.get(timeout=30)
+    tiers.it.collect()
+    assert tiers.it.count_on_device == tiers.it.count_on_host == 0
+    tiers.fetched(ref)  # and it can come back
+    assert tiers.use(ref)
