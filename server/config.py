@@ -19,20 +19,32 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
     backbone: str = Field(DEFAULT_BACKBONE, description="Hub id, model folder, .gguf file, or package:NAME")
-    backbone_name: str | None = Field(None, description="public name (default: the folder's or file's base name)")
+    backbone_name: str | None = Field(
+        None, description="public name (default: the folder's or file's base name)"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: any free one)")
     data_dir: Path = Field(Path("data"), description="everything the server keeps")
-    redis_url: str | None = Field(None, description="a Redis 7+ (default: an embedded Valkey in the data folder)")
-    blob_url: str | None = Field(None, description="where tensors live (default: file:// under the data folder)")
+    redis_url: str | None = Field(
+        None, description="a Redis 7+ (default: an embedded Valkey in the data folder)"
+    )
+    blob_url: str | None = Field(
+        None, description="where tensors live (default: file:// under the data folder)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the backbone is resident")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the backbone")
     admin_key: str | None = Field(None, description="admin key (default: made once, in DATA_DIR/admin.key)")
-    max_model_len: int | None = Field(None, ge=16, description="context limit, tokens (default: the backbone's)")
+    max_model_len: int | None = Field(
+        None, ge=16, description="context limit, tokens (default: the backbone's)"
+    )
     max_rows: int = Field(64, ge=1, le=1024, description="most rows in one step")
-    max_waiting: int = Field(1024, ge=1, description="most requests waiting for a row; more are refused with 503")
+    max_waiting: int = Field(
+        1024, ge=1, description="most requests waiting for a row; more are refused with 503"
+    )
     prefill_tokens: int = Field(512, ge=16, description="most prompt tokens in one step")
-    kv_bytes: int | None = Field(None, ge=1 << 20, description="memory for keys and values (default: by device)")
+    kv_bytes: int | None = Field(
+        None, ge=1 << 20, description="memory for keys and values (default: by device)"
+    )
     delta_bytes: int = Field(2 << 30, ge=1 << 20, description="memory for resident deltas on the device")
     host_delta_bytes: int = Field(4 << 30, ge=0, description="memory for deltas kept on the host")
     max_upload_bytes: int = Field(2 << 30, ge=1 << 10, description="largest delta upload")

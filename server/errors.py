@@ -48,9 +48,7 @@ class DeltaserveError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON body of an HTTP error answer or of a stream's error event."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """Extra response headers."""

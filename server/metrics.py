@@ -149,7 +149,7 @@ class Metrics:
             self._batch_deltas.observe(deltas)
 
         fresh = [digest for digest in stats.quarantined if digest not in self._quarantined]
-        self._quarantined.update(fresh)
+        self._quarantined = set(stats.quarantined)  # one that was deleted may be quarantined anew
         self._quarantines.inc(len(fresh))
         return fresh
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,7 +22,7 @@ Key = Annotated[
     ),
 ]
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 200)  # in a pipe, nothing is cut
 
 
 def fail(message: str) -> NoReturn:

@@ -39,8 +39,8 @@ def _options() -> list[inspect.Parameter]:
 
 def _annotation(name: str, info: FieldInfo) -> Any:
     flag = f"--{name.replace('_', '-')}"
-    default = "" if info.default is None else f" [default: {info.default}]"
-    text = f"{info.description}{default} ({ENV_PREFIX}{name.upper()})"
+    default = "" if info.default is None else f"default: {info.default}; "
+    text = f"{info.description} ({default}{ENV_PREFIX}{name.upper()})"
     if info.annotation is bool:
         option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)
         return _optional(bool, option)

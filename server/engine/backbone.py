@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from deltas.backbones import describe, families
 from deltas.sites import BackboneSpec
+from server.engine import gguf
 from server.errors import InvalidRequest
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
@@ -117,10 +118,7 @@ def _from_hub(repo: str) -> Located:
 def family(located: Located) -> str:
     """The architecture, from the configuration alone; raises :class:`BackboneError` if it is not served."""
     if located.gguf is not None:
-        from gguf import GGUFReader
-
-        reader = GGUFReader(str(located.gguf))
-        model_type = str(reader.fields["general.architecture"].contents())
+        model_type = gguf.architecture(located.gguf)
     else:
         config = json.loads((located.folder / "config.json").read_text())
         model_type = str(config.get("model_type"))
@@ -205,10 +203,16 @@ def prepare(located: Located, data_dir: Path, progress: Callable[[str], None]) -
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
         whole = Path(scratch) / folder.name
         where, file = str(located.gguf.parent), located.gguf.name
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        config = AutoConfig.from_pretrained(where, gguf_file=file)  # parsed once: it takes seconds
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file, config=config)
+        with gguf.name_maps_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                where,
+                gguf_file=file,
+                config=config,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
         model.config.quantization_config = None
         del model.config.quantization_config
         tokenizer.save_pretrained(whole)

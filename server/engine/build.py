@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -11,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from deltas.errors import UnsupportedBackbone
-from deltas.ops import Mode
+from deltas.ops import Mode, native
 from server.engine import backbone as backbones
 from server.engine.engine import Engine
 from server.engine.kv import SlotKV, token_bytes
@@ -40,6 +41,8 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine:
     device = backbones.choose_device(config.device)
     dtype = backbones.choose_dtype(config.dtype, device)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    kernels = threading.Thread(target=native.load, name="kernel-build")
+    kernels.start()  # a first start compiles them while it converts the backbone
     send(Progress("preparing the backbone"))
     folder = backbones.prepare(located, data_dir, lambda reason: send(Progress(reason)))
     send(Progress(f"loading {located.name} as {str(dtype)[6:]} on {device}"))
@@ -68,6 +71,7 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine:
         config.max_rows if device.type == "cpu" else max(1, min(config.max_rows, kv_tokens // capacity - 1))
     )
     kv = SlotKV(backbone.spec, rows + 1, capacity, dtype, device)
+    kernels.join()
     runner = Runner(backbone, kv, scratch_slot=rows, mode=cast("Mode | None", config.ops_mode))
     scheduler = Scheduler(
         max_rows=rows,

@@ -52,6 +52,7 @@ ERRORS: dict[str, type[DeltaserveError]] = {
 }
 STOP_SECONDS = 5.0
 LONGEST_PAUSE = 30.0
+MOST_FAILED_STARTS = 5  # then it is not going to work, and saying so is better than trying for ever
 
 _Event = TokenEvent | DeltaserveError | None
 
@@ -160,13 +161,19 @@ class EngineClient:
     # -- supervision -------------------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
-        pause = 0.0
+        pause, failures = 0.0, 0
         while self.fatal is None:
             try:
                 was_ready = await self._run_once()
             finally:
                 await self._end_process()
             pause = 0.0 if was_ready else min(LONGEST_PAUSE, pause * 2 or 1.0)
+            failures = 0 if was_ready else failures + 1
+            if self.info is None and failures == MOST_FAILED_STARTS:
+                self.fatal = self._reason = (
+                    f"the engine died {failures} times while starting; see its messages"
+                )
+                self._ready.set()
             if self.fatal is None:
                 self.restarts += 1
                 log.error("engine died", restarts=self.restarts, restarting_in=pause)
@@ -180,6 +187,7 @@ class EngineClient:
             environment = os.environ | {"PYTHONPATH": python_path()}
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # the folder we were started in is not a place to import from
                 "-m",
                 "server.engine.process",
                 str(theirs.fileno()),

@@ -145,6 +145,8 @@ class Engine:
                 self._refs[ref.digest] = ref
             case Drop(digest):
                 self.residency.drop(digest)
+                if digest in self._quarantined:
+                    self._quarantined.remove(digest)
             case _Wake() | Shutdown():
                 pass
 
@@ -312,7 +314,7 @@ class Engine:
                     loads_from_host=counts.from_host,
                     loads_from_disk=counts.from_disk,
                     load_failures=counts.failures,
-                    quarantined=self._quarantined,
+                    quarantined=list(self._quarantined),
                     load_seconds=counts.seconds,
                     batch_rows=self._batch_rows,
                     batch_deltas=self._batch_deltas,

@@ -54,7 +54,8 @@ class Residency:
     """Device and host tiers with byte budgets, both least-recently-used. Owned by the step loop.
 
     ``finish`` turns a packed delta into what is kept on the device (a soft prompt's keys and values are computed
-    there); ``forget`` hears of every delta that leaves; ``wake`` is called from a loader thread when it has a result.
+    there) and may refuse it with a :class:`DeltaError`; ``forget`` hears of every delta that leaves; ``wake`` is
+    called from a loader thread when it has a result.
     """
 
     def __init__(
@@ -164,7 +165,13 @@ class Residency:
             return None
         if self._short == digest:
             self._short = None
-        placed = self._finish(delta.to(self._device))
+        try:
+            placed = self._finish(delta.to(self._device))
+        except DeltaError as error:
+            self._on_host.pop(digest)
+            self._fail(digest, str(error))
+            self._wake()
+            return None
         self._on_device[digest] = _Resident(placed)
         self._promised.add(digest)
         if placed.prompt is None and delta.prompt is not None:  # keep what was computed once

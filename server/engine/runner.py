@@ -12,12 +12,14 @@ from torch import Tensor
 from deltas.attach import attach
 from deltas.bank import PackedDelta, SiteGroup, site_groups
 from deltas.batch import Plan, Segment
+from deltas.errors import InvalidDelta
 from deltas.ops import Mode, Ops
 from server.engine.backbone import Backbone
 from server.engine.kv import Attention, SlotKV
 from server.engine.scheduler import PlannedRow
 
 HEAD = "head"
+LONGEST_PROMPT = 1024  # tokens of a soft prompt; published ones have 5 to 200
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,16 @@ class Runner:
 
     @torch.inference_mode()
     def prompt_prefix(self, delta: PackedDelta) -> PackedDelta:
-        """Computes a soft prompt's keys and values, with the delta's other patches on: once per digest."""
+        """Computes a soft prompt's keys and values, with the delta's other patches on: once per digest.
+
+        Raises :class:`InvalidDelta` for a prompt that is too long: it is one forward, and every row waits for it.
+        """
         if delta.prompt is None:
             return delta
         n = int(delta.prompt.shape[0])
+        limit = min(LONGEST_PROMPT, self.kv.capacity - 1)
+        if n > limit:
+            raise InvalidDelta(f"{n} virtual tokens; this server takes at most {limit}", field="embeddings")
         attention = Attention(self.kv, self.ops.kernels, [self.scratch_slot], [0], [n])
         positions = torch.arange(n, device=self.backbone.device)[None]
         self.hooks.plan = self.ops.plan([Segment(0, n, delta)], n)

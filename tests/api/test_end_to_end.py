@@ -222,7 +222,9 @@ def test_the_default_backbone(tmp_path: Path) -> None:
             (model,) = client.models.list()
             answer = client.chat.completions.create(
                 model=model.id,
-                messages=[{"role": "user", "content": "What is the capital of France?"}],
+                messages=[
+                    {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+                ],
                 max_tokens=16,
                 temperature=0,
             )

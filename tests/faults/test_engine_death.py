@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 import uvloop
 
+from server.config import Settings
 from server.engine.messages import Drop
+from server.engine.process import EngineConfig, python_path
 from server.engine.wire import ApiSide
 from tests.api.command import Server, eventually
 from tests.faults.conftest import Native
@@ -92,3 +100,26 @@ def test_a_write_to_a_dead_engine_is_its_end() -> None:
 
     uvloop.run(run())
     asyncio.run(run())
+
+
+def test_an_engine_whose_messages_nobody_reads_any_more_leaves(backbone: Path, tmp_path: Path) -> None:
+    """Its parent died with some of them unread, which resets the connection: a quiet end all the same."""
+    settings = Settings(backbone=str(backbone), data_dir=tmp_path)
+    values = {name: getattr(settings, name, None) for name in EngineConfig.__struct_fields__}
+    config = msgspec.json.encode(EngineConfig(**values | {"data_dir": str(tmp_path)})).decode()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        engine = subprocess.Popen(
+            [sys.executable, "-m", "server.engine.process", str(theirs.fileno()), config],
+            pass_fds=[theirs.fileno()],
+            env=os.environ | {"PYTHONPATH": python_path()},
+            stderr=subprocess.PIPE,
+        )
+        assert select.select([ours], [], [], 60)[0]
+    with engine:
+        try:
+            assert engine.wait(10) == 0
+            assert engine.stderr is not None
+            assert engine.stderr.read() == b""
+        finally:
+            engine.kill()

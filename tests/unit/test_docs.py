@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from server.api.routes import deltas, generate, health, metrics, models, tenants, tokenize
 from server.cli import app
 from server.config import ENV_PREFIX, Settings
 
@@ -70,7 +71,9 @@ def check_invocation(arguments: list[str]) -> None:
     while words and hasattr(command, "commands") and re.fullmatch(r"[a-z]+", words[0]):
         assert words[0] in command.commands, f"no command {words[0]!r} in {arguments}"
         command = command.commands[words.pop(0)]
-    known = {"--help"} | {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    known = {"--help"} | {
+        name for option in command.params for name in (*option.opts, *option.secondary_opts)
+    }
     for word in arguments:
         flag = word.partition("=")[0]
         assert not flag.startswith("-") or flag in known, f"no flag {flag!r} in {arguments}"
@@ -90,6 +93,20 @@ def test_a_wrong_command_or_flag_is_noticed() -> None:
     for arguments in (["delta", "pull"], ["delta", "push", "x", "--nmae=y"], ["--port", "1"]):
         with pytest.raises(AssertionError):
             check_invocation(arguments)
+
+
+def test_the_reference_has_every_route_and_no_other() -> None:
+    routers = [module.router for module in (deltas, generate, health, metrics, models, tenants, tokenize)]
+    served = {
+        (method, route.path) for router in routers for route in router.routes for method in route.methods
+    }
+    code = " ".join(_INLINE.findall(_FENCED.sub("", (ROOT / "docs" / "api.md").read_text())))
+    named = set(re.findall(r"(GET|POST|PUT|PATCH|DELETE) (/\S+)", code))
+    assert {(m, _anonymous(p)) for m, p in named} == {(m, _anonymous(p)) for m, p in served}
+
+
+def _anonymous(path: str) -> str:
+    return re.sub(r"{[^}]*}", "{}", path)
 
 
 @every_document

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,12 @@ import torch
 
 from deltas.delta import Component, Delta
 from deltas.formats import native
-from deltas.sites import SiteKind
+from deltas.sites import BackboneSpec, SiteKind
 from server.engine.build import build
 from server.engine.engine import Engine
 from server.engine.messages import Cancel, Drop, Failed, Load, Loaded, Reply, Shutdown, Stats, Step, Submit
 from server.engine.process import EngineConfig
-from server.types import DeltaRef, SamplingParams, TokenEvent
+from server.types import DeltaRef, EngineStats, SamplingParams, TokenEvent
 from tests.tiny import KINDS, random_delta, write_backbone
 
 
@@ -76,6 +76,13 @@ class Harness:
                 case Stats():
                     self.stats = reply
 
+    def wait_stats(self, wanted: Callable[[EngineStats], bool]) -> None:
+        """Until a report says so."""
+        while self.stats is None or not wanted(self.stats.stats):
+            reply = self._replies.get(timeout=60)
+            if isinstance(reply, Stats):
+                self.stats = reply
+
     def tokens(self, row: int) -> list[int]:
         return [token for event in self.events[row] for token in event.token_ids]
 
@@ -97,6 +104,16 @@ def make(tmp_path: Path) -> Iterator[object]:
     yield start
     for harness in made:
         harness.close()
+
+
+def poisonous(spec: BackboneSpec) -> Delta:
+    """Finite numbers that overflow once multiplied."""
+    tensors = {}
+    for site in spec.of_kind(SiteKind.LINEAR):
+        if site.name != "head":
+            tensors[f"{site.name}/A"] = torch.full((2, site.in_features), 1e25)
+            tensors[f"{site.name}/B"] = torch.full((site.out_features, 2), 1e25)
+    return Delta((Component("lora", {"scale": 1.0}, tensors),))
 
 
 def prompt_of(row: int) -> list[int]:
@@ -154,12 +171,7 @@ def test_a_poisoned_delta_fails_its_row_and_leaves_its_neighbours_bit_identical(
     engine = make()
     spec = engine.engine.runner.backbone.spec
     good = engine.save(random_delta(spec, "lora", 1))
-    tensors = {}
-    for site in spec.of_kind(SiteKind.LINEAR):
-        if site.name != "head":
-            tensors[f"{site.name}/A"] = torch.full((2, site.in_features), 1e25)
-            tensors[f"{site.name}/B"] = torch.full((site.out_features, 2), 1e25)
-    poison = engine.save(Delta((Component("lora", {"scale": 1.0}, tensors),)))
+    poison = engine.save(poisonous(spec))
     harmless = engine.save(random_delta(spec, "lora", 4))
     engine.engine.receive(Load(90, poison))
     engine.engine.receive(Load(91, good))
@@ -175,8 +187,7 @@ def test_a_poisoned_delta_fails_its_row_and_leaves_its_neighbours_bit_identical(
     for poisoned, clean in ((1, 11), (3, 13)):
         assert engine.events[poisoned][0] == engine.events[clean][0]
         assert engine.tokens(poisoned) == engine.tokens(clean)
-    assert engine.stats is not None
-    assert engine.stats.stats.quarantined == [poison.digest]
+    engine.wait_stats(lambda stats: stats.quarantined == [poison.digest])
 
 
 def test_more_deltas_than_the_device_holds(make) -> None:  # type: ignore[no-untyped-def]
@@ -218,3 +229,26 @@ def test_limits_and_ends(make) -> None:  # type: ignore[no-untyped-def]
     assert only.prompt_logprobs[0] is None
     assert only.prompt_logprobs[1] is not None
     assert only.prompt_logprobs[1].token == 6
+
+
+def test_a_soft_prompt_longer_than_a_slot_is_refused_and_hurts_nobody(make) -> None:  # type: ignore[no-untyped-def]
+    engine = make(max_model_len=32)
+    long = Delta((Component("prompt", {}, {"embeddings": torch.ones(100, 64)}),))
+    engine.engine.receive(Load(1, engine.save(long)))
+    engine.submit(2, [5, 6])
+    engine.wait(1, 2)
+    assert engine.ends == {1: "invalid_delta", 2: "length"}
+
+
+def test_a_deleted_delta_can_be_quarantined_again(make) -> None:  # type: ignore[no-untyped-def]
+    engine = make()
+    poison = engine.save(poisonous(engine.engine.runner.backbone.spec))
+    for row in (1, 2):
+        engine.submit(row, [5, 6], poison)
+        engine.submit(row + 10, [7])
+        engine.wait(row, row + 10)
+        engine.wait_stats(lambda stats: stats.quarantined == [poison.digest])
+        engine.engine.receive(Drop(poison.digest))
+        engine.submit(row + 20, [7])
+        engine.wait(row + 20)
+        engine.wait_stats(lambda stats: stats.quarantined == [])
