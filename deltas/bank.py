@@ -124,6 +124,11 @@ class PackedDelta:
         return 0 if self.prompt is None else int(self.prompt.shape[0])
 
     @property
+    def widest(self) -> int:
+        """The largest rank or bottleneck width at any site."""
+        return max((patch.rank for patches in self.patches.values() for patch in patches), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device, prefix included."""
         size = self.arena.numel() * self.arena.element_size()

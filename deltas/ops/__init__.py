@@ -17,7 +17,7 @@ from deltas.bank import PackedDelta
 from deltas.batch import Plan, Segment, merge
 from deltas.ops import native, reference
 from deltas.ops.dense import DensePlan
-from deltas.ops.table import WIDE_ROWS, DeltaTables, NativePlan
+from deltas.ops.table import DeltaTables, NativePlan, is_wide
 
 Mode = Literal["native", "dense", "reference"]
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -69,8 +69,8 @@ class Ops:
             return ReferencePlan(joined)
         if self.mode == "dense" or self.kernels is None:
             return DensePlan(joined, tokens)
-        narrow = [s for s in joined if s.rows < WIDE_ROWS]
-        wide = [s for s in joined if s.rows >= WIDE_ROWS]
+        narrow = [s for s in joined if not is_wide(s)]
+        wide = [s for s in joined if is_wide(s)]
         return NativePlan(self.kernels, self._tables, narrow, wide)
 
     def forget(self, delta: PackedDelta) -> None:

@@ -195,7 +195,7 @@ def check_answers(questions: list[Ask], told: list[Told], smollm2: Path, twelve:
 def test_32_streams_over_twelve_deltas_and_again(
     smollm2: Path, twelve: dict[str, Path], tmp_path: Path
 ) -> None:
-    flags = ["--backbone", str(smollm2), "--backbone-name", BASE, "--dtype", "float32"]
+    flags = ["--backbone", str(smollm2), "--backbone-name", BASE, "--dtype", "float32", "--threads", "1"]
     questions = asks()
     assert len(questions) == 32
     with serving(tmp_path / "data", *flags) as server:

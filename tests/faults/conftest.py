@@ -25,8 +25,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def flags(backbone: Path) -> list[str]:
-    """What every server here is started with."""
-    return ["--backbone", str(backbone), "--dtype", "float32"]
+    """What every server here is started with. One thread: on a busy machine two would wait for each other."""
+    return ["--backbone", str(backbone), "--dtype", "float32", "--threads", "1"]
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ TOKENS = 600
 
 
 async def test_running_streams_finish(flags: list[str], native_file: Native, tmp_path: Path) -> None:
+    flags = [*flags, "--drain-seconds", "120"]
     with serving(tmp_path / "data", *flags) as server, server.http() as http:
         assert upload(http, "mine", native_file("lora", 0)).status_code == 201
         children = [server.engine, server.valkey]
