@@ -24,7 +24,7 @@ serve: venv ## start the server on the demo backbone
 
 # Two workers, each with one thread of torch's: more of either would only make them wait for each other on two cores.
 test: venv ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: venv ## formatting and ruff's rules
 	$(BIN)/ruff format --check $(CODE)
