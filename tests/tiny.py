@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deltas.backbones import describe
 from deltas.delta import Component, Delta
+from deltas.formats import native
 from deltas.sites import BackboneSpec, SiteKind
 
 SPECIAL = ["<|end|>", "<|start|>", "<|pad|>"]
@@ -79,6 +82,20 @@ def random_delta(spec: BackboneSpec, kind: str, seed: int, *, size: float = 0.3)
             tensors[f"{site.name}/up_bias"] = draw(spec.hidden)
     config = {"activation": "relu", "reads": "output+residual", "scale": 1.0}
     return Delta((Component("bottleneck", config, tensors),))
+
+
+def native_files(backbone: Path, folder: Path) -> Callable[[str, int], Path]:
+    """Makes a random delta of a kind and a seed in the native format, the same one each time."""
+    spec = describe(AutoConfig.from_pretrained(backbone), "any")
+    folder.mkdir(exist_ok=True)
+
+    def make(kind: str, seed: int) -> Path:
+        path = folder / f"{kind}-{seed}.safetensors"
+        if not path.exists():
+            native.save(random_delta(spec, kind, seed), path)
+        return path
+
+    return make
 
 
 KINDS = ("lora", "bitfit", "prompt", "bottleneck")

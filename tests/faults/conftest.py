@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
 
-from deltas.backbones import describe
-from deltas.formats import native
 from tests.api.command import Server, serving
 from tests.faults.requests import POSITIONS
-from tests.tiny import random_delta, write_backbone
+from tests.tiny import native_files, write_backbone
 
 Native = Callable[[str, int], Path]
 
@@ -32,16 +29,7 @@ def flags(backbone: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def native_file(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Native:
     """Makes a random delta of a kind and a seed in the native format, the same one each time."""
-    spec = describe(AutoConfig.from_pretrained(backbone), "any")
-    folder = tmp_path_factory.mktemp("native")
-
-    def make(kind: str, seed: int) -> Path:
-        path = folder / f"{kind}-{seed}.safetensors"
-        if not path.exists():
-            native.save(random_delta(spec, kind, seed), path)
-        return path
-
-    return make
+    return native_files(backbone, tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="session")
