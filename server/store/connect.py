@@ -52,8 +52,8 @@ async def open_redis(url: str) -> StoreClient:
 
     Raises StoreError, with what to do about it, when the URL is wrong or the server cannot be used.
     """
-    # Short pauses: an embedded Valkey is back within a second, and a request should not hang for longer.
-    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=4)
+    # Short pauses, three seconds in all: an embedded Valkey is back by then, and no request should hang for longer.
+    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=8)
     try:
         pool = BlockingConnectionPool.from_url(
             url,

