@@ -70,7 +70,7 @@ class Timed:
 def ours(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
     from deltas.formats import native
     from server.engine.build import build
-    from server.engine.messages import Load, Loaded, Shutdown, Step, Submit
+    from server.engine.messages import Load, Loaded, Step, Submit
     from server.engine.process import EngineConfig
     from server.types import DeltaRef, SamplingParams
 
@@ -159,7 +159,7 @@ def ours(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
         Timed.spent, before_steps = 0.0, engine.runner.spent.steps
         once(90_000, args.new)
         steps["ms_deltas"] = 1e3 * Timed.spent / (engine.runner.spent.steps - before_steps)
-    engine.receive(Shutdown())
+    engine.receive(None)
     thread.join()
     return {"seconds": best, "first_tokens_s": prefill, "peak_mb": memory // 1024, **steps}
 
@@ -213,8 +213,6 @@ def rival(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(args.device)
     count = 0 if what == "base" else int(what.split()[-2])
     if count:
-        from server.engine.backbone import ATTENTION  # noqa: F401 - proves that both run on one installation
-
         linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         lora = LoraConfig(r=RANK, lora_alpha=16, target_modules=linears, init_lora_weights=False)
         model = get_peft_model(model, lora, adapter_name="a0")

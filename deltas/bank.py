@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class SitePatch:
         return replace(self, down=down, down_bias=down_bias, up=up, shift=shift)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedDelta:
     """A delta ready for a device.
 
@@ -123,12 +124,12 @@ class PackedDelta:
             return int(self.prefix.shape[3])
         return 0 if self.prompt is None else int(self.prompt.shape[0])
 
-    @property
+    @cached_property
     def widest(self) -> int:
         """The largest rank or bottleneck width at any site."""
         return max((patch.rank for patches in self.patches.values() for patch in patches), default=0)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes on the device, prefix included."""
         size = self.arena.numel() * self.arena.element_size()

@@ -33,8 +33,15 @@ def write_backbone(folder: Path, *, seed: int = 0, positions: int = 256) -> Path
     )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
+    torch.manual_seed(seed)
+    LlamaForCausalLM(llama_config(vocab=len(vocab), positions=positions)).save_pretrained(folder)
+    return folder
+
+
+def llama_config(*, vocab: int = 64, positions: int = 64) -> LlamaConfig:
+    """Two layers, grouped heads, tied embeddings."""
+    return LlamaConfig(
+        vocab_size=vocab,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -47,9 +54,6 @@ def write_backbone(folder: Path, *, seed: int = 0, positions: int = 256) -> Path
         tie_word_embeddings=True,
         initializer_range=0.3,
     )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def random_delta(spec: BackboneSpec, kind: str, seed: int, *, size: float = 0.3) -> Delta:

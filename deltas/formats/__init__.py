@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from deltas.delta import Delta
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.formats import adapterhub, native, peft
 from deltas.formats.files import DeltaFiles, listed
+from deltas.formats.frozen import Frozen
 from deltas.formats.plan import Plan, execute
 from deltas.sites import BackboneSpec
 
@@ -61,9 +60,6 @@ _FUSIONS = frozenset(
         "adapter_interface.json",
     }
 )
-
-Frozen = Callable[[str], Tensor | None]
-"""The backbone's tensor of that state-dict key, if it has one."""
 
 _Planner = Callable[[DeltaFiles, BackboneSpec], Plan]
 

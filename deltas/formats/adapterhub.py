@@ -11,14 +11,12 @@ and a :class:`~deltas.patches.Bottleneck` gives ``up(z) + h + i``. Whatever has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-from torch import Tensor
 
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.formats.files import DeltaFiles, listed
-from deltas.formats.frozen import same
+from deltas.formats.frozen import Frozen, same
 from deltas.formats.header import shown
 from deltas.formats.plan import (
     Check,
@@ -180,7 +178,7 @@ def plan(files: DeltaFiles, spec: BackboneSpec) -> Plan:
     return Plan("adapterhub", weights, (component,), provenance(outer, ("model_name", "name", "version")))
 
 
-def check_head(files: DeltaFiles, frozen: Callable[[str], Tensor | None] | None) -> None:
+def check_head(files: DeltaFiles, frozen: Frozen | None) -> None:
     """Accept a head that is the backbone's own language-model head, which ``save_adapter`` writes by default.
 
     Anything else would have to be served, so it is refused: :class:`UnsupportedDelta` names the file.

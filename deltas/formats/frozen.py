@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+Frozen = Callable[[str], Tensor | None]
+"""The backbone's tensor of that state-dict key, if it has one."""
+
 # A tied head has no tensor of its own in the file.
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 class FrozenTensors:
-    """Tensors of a folder in Hugging Face's layout, by state-dict key, read when asked for."""
+    """Tensors of a folder in Hugging Face's layout, by state-dict key. Nothing is read before one is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Path] = {}
-        index = folder / "model.safetensors.index.json"
+        self._folder = folder
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        index, single = self._folder / "model.safetensors.index.json", self._folder / "model.safetensors"
         if index.is_file():
             shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            self._files = {key: folder / Path(file).name for key, file in shards.items()}
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+            return {key: self._folder / Path(file).name for key, file in shards.items()}
+        if not single.is_file():
+            return {}
+        with safe_open(str(single), framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
 
     def __call__(self, key: str) -> Tensor | None:
         """The tensor, or None if the backbone has none of that name."""

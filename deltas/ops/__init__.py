@@ -69,8 +69,10 @@ class Ops:
             return ReferencePlan(joined)
         if self.mode == "dense" or self.kernels is None:
             return DensePlan(joined, tokens)
-        narrow = [s for s in joined if not is_wide(s)]
-        wide = [s for s in joined if is_wide(s)]
+        narrow: list[Segment] = []
+        wide: list[Segment] = []
+        for segment in joined:
+            (wide if is_wide(segment) else narrow).append(segment)
         return NativePlan(self.kernels, self._tables, narrow, wide)
 
     def forget(self, delta: PackedDelta) -> None:

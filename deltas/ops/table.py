@@ -17,13 +17,16 @@ from torch import Tensor
 from deltas.bank import PackedDelta, SitePatch
 from deltas.batch import Segment
 from deltas.ops import reference
-from deltas.ops.native import Kernels
+from deltas.ops.native import ENTRY_FIELDS, Kernels
 from deltas.patches import BlockInput
 
 Table = npt.NDArray[np.int64]
 
-ROW0, ROWS = 0, 1
-FIELDS = 11  # row0, rows, rank, down, down_bias, up, shift, out0, out, activation, reads: as in kernels.c
+ROW0, ROWS = ENTRY_FIELDS.index("row0"), ENTRY_FIELDS.index("rows")
+FIRST_EFFECT, LAST_EFFECT = (
+    ENTRY_FIELDS.index("rank"),
+    ENTRY_FIELDS.index("shift"),
+)  # all zero: changes nothing
 READS = {None: 0, BlockInput.OUTPUT: 1, BlockInput.OUTPUT_AND_RESIDUAL: 2, BlockInput.RESIDUAL: 3}
 
 # Above this many tokens times ranks ordinary GEMMs win, below it their dispatch costs more than the arithmetic:
@@ -63,12 +66,12 @@ class DeltaTables:
         self._tables: dict[int, tuple[PackedDelta, Table]] = {}
 
     def of(self, delta: PackedDelta) -> Table:
-        """int64 ``[groups, entries, FIELDS]``; unused entries are zeros, which the kernel passes over."""
+        """int64 ``[groups, entries, len(ENTRY_FIELDS)]``; unused entries are zeros, which the kernel passes over."""
         known = self._tables.get(id(delta))
         if known is not None and known[0] is delta:
             return known[1]
         entries = max((len(patches) for patches in delta.patches.values()), default=1)
-        table: Table = np.zeros((self._groups, entries, FIELDS), dtype=np.int64)
+        table: Table = np.zeros((self._groups, entries, len(ENTRY_FIELDS)), dtype=np.int64)
         for group, patches in delta.patches.items():
             for j, patch in enumerate(patches):
                 table[group, j] = _entry(patch)
@@ -108,7 +111,7 @@ class NativePlan:
         table = self._table
         if table is None:
             return []
-        result: list[bool] = (table[:, :, 2:7] != 0).any(axis=(1, 2)).tolist()
+        result: list[bool] = (table[:, :, FIRST_EFFECT : LAST_EFFECT + 1] != 0).any(axis=(1, 2)).tolist()
         return result
 
     def active(self, group: int) -> bool:

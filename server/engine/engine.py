@@ -24,7 +24,6 @@ from server.engine.messages import (
     Loaded,
     Reply,
     Request,
-    Shutdown,
     Stats,
     Step,
     Submit,
@@ -35,7 +34,7 @@ from server.engine.sampler import RowSampler, sample
 from server.engine.scheduler import Plan, PlannedRow, Scheduler
 from server.engine.sequence import Sequence
 from server.errors import DeltaRefused, DeltaserveError, RowFailed
-from server.types import BackboneInfo, DeltaRef, EngineStats, FinishReason, TokenEvent, TokenLogprob
+from server.types import BackboneInfo, EngineStats, FinishReason, TokenEvent, TokenLogprob
 
 log = structlog.get_logger(__name__)
 
@@ -77,8 +76,7 @@ class Engine:
         self._send = send
         self._inbox: queue.SimpleQueue[Request | _Wake | None] = queue.SimpleQueue()
         self._rows: dict[int, _Row] = {}
-        self._loads: dict[str, list[int]] = {}  # digest -> Load requests that wait for it
-        self._refs: dict[str, DeltaRef] = {}
+        self._loads: dict[str, list[Load]] = {}  # by digest: who waits for it
         self._idle = False
         self._steps = 0
         self._reported = 0.0
@@ -99,7 +97,7 @@ class Engine:
         )
 
     def receive(self, request: Request | None) -> None:
-        """Hands over a request, from any thread; None means that the other side is gone."""
+        """Hands over a request, from any thread; None ends :meth:`run`: the other side is gone."""
         self._inbox.put(request)
 
     def run(self) -> None:
@@ -127,7 +125,7 @@ class Engine:
                 request = self._inbox.get(block=block)
             except queue.Empty:
                 return True
-            if request is None or isinstance(request, Shutdown):
+            if request is None:
                 return False
             self._handle(request)
             block = False
@@ -140,14 +138,13 @@ class Engine:
                 seq = self.scheduler.cancel(row_id)
                 if seq is not None:
                     self._close(seq)
-            case Load(load_id, ref):
-                self._loads.setdefault(ref.digest, []).append(load_id)
-                self._refs[ref.digest] = ref
+            case Load():
+                self._loads.setdefault(request.delta.digest, []).append(request)
             case Drop(digest):
                 self.residency.drop(digest)
                 if digest in self._quarantined:
                     self._quarantined.remove(digest)
-            case _Wake() | Shutdown():
+            case _Wake():
                 pass
 
     def _submit(self, request: Submit) -> None:
@@ -281,17 +278,17 @@ class Engine:
 
     def _fail_load(self, failure: LoadFailure) -> None:
         log.warning("delta load failed", digest=failure.digest, reason=failure.message)
-        for load_id in self._loads.pop(failure.digest, []):
-            self._send(Failed(load_id, DeltaRefused.code, failure.message))
+        for load in self._loads.pop(failure.digest, []):
+            self._send(Failed(load.id, DeltaRefused.code, failure.message))
         for seq in self.scheduler.fail_waiting(failure.digest):
             self._fail(seq, RowFailed.code, f"the delta could not be loaded: {failure.message}")
 
     def _answer_loads(self) -> None:
-        for digest in list(self._loads):
-            if self.residency.resident(self._refs[digest]) is not None:
-                for load_id in self._loads.pop(digest):
-                    self._send(Loaded(load_id))
-                del self._refs[digest]
+        for digest, loads in list(self._loads.items()):
+            if self.residency.resident(loads[-1].delta) is not None:
+                del self._loads[digest]
+                for load in loads:
+                    self._send(Loaded(load.id))
 
     def _report(self) -> None:
         now = time.monotonic()

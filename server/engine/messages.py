@@ -41,10 +41,6 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     delta: DeltaRef
 
 
-class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
-    """Leave at once; the client has drained already."""
-
-
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     """The backbone is resident."""
 
@@ -89,7 +85,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     stats: EngineStats
 
 
-Request = Submit | Cancel | Drop | Load | Shutdown
+Request = Submit | Cancel | Drop | Load
 Reply = Ready | Progress | Step | Loaded | Failed | Fatal | Stats
 
 HEADER_BYTES = 4

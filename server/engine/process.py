@@ -1,6 +1,6 @@
-"""The engine process: ``python -m server.engine.process FD`` with settings as JSON on the environment's behalf.
+"""The engine process: ``python -m server.engine.process FD SETTINGS``, the settings being an :class:`EngineConfig` in JSON.
 
-The api process starts it with one end of a socket pair and its settings as the first argument. It leaves when that
+The api process starts it with one end of a socket pair. It leaves when that
 socket closes, also while it is still loading, so it cannot outlive its parent, however the parent ends.
 """
 
@@ -57,9 +57,8 @@ def main() -> None:
     threading.Thread(target=_read, args=(side, receiver), daemon=True, name="inbox").start()
     send = partial(_send, side)
     send(Progress("importing torch"))
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # huge pages for the arenas; read when torch is imported
+    # huge pages for the arenas; read when torch is imported
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is reported through messages
     try:
         from server.engine import build

@@ -153,24 +153,20 @@ class Residency:
     def _admit(self, digest: str) -> PackedDelta | None:
         delta = self._on_host[digest]
         self._on_host.move_to_end(digest)
-        if delta.nbytes > self._device_bytes:
-            size, budget = delta.nbytes, self._device_bytes
-            self._on_host.pop(digest)
-            self._fail(digest, f"the delta needs {size} bytes on the device; --delta-bytes is {budget}")
-            self._wake()
+        size, budget = delta.nbytes, self._device_bytes
+        if size > budget:
+            self._refuse(digest, f"the delta needs {size} bytes on the device; --delta-bytes is {budget}")
             return None
-        if self._short not in (None, digest) or not self._make_room(delta.nbytes):
-            if self._short in (None, digest):
-                self._short, self._short_asked = digest, True
+        if self._short not in (None, digest):
             return None
-        if self._short == digest:
-            self._short = None
+        if not self._make_room(size):
+            self._short, self._short_asked = digest, True
+            return None
+        self._short = None
         try:
             placed = self._finish(delta.to(self._device))
         except DeltaError as error:
-            self._on_host.pop(digest)
-            self._fail(digest, str(error))
-            self._wake()
+            self._refuse(digest, str(error))
             return None
         self._on_device[digest] = _Resident(placed)
         self._promised.add(digest)
@@ -182,6 +178,12 @@ class Residency:
         else:
             self.counts.seconds.append(time.monotonic() - asked)
         return placed
+
+    def _refuse(self, digest: str, message: str) -> None:
+        """A delta that was read cannot be placed; the next step hears of it."""
+        self._on_host.pop(digest)
+        self._fail(digest, message)
+        self._wake()
 
     def _fail(self, digest: str, message: str) -> None:
         self._asked.pop(digest, None)
@@ -209,10 +211,11 @@ class Residency:
     def _keep_on_host(self, digest: str, delta: PackedDelta) -> None:
         self._on_host[digest] = delta
         self._on_host.move_to_end(digest)
+        over = self.bytes_on_host - self._host_bytes
         for old in list(self._on_host):
-            if self.bytes_on_host <= self._host_bytes or old == digest:
+            if over <= 0 or old == digest:
                 break
-            del self._on_host[old]
+            over -= self._on_host.pop(old).nbytes
             self._asked.pop(old, None)
 
     def _load(self, ref: DeltaRef) -> None:

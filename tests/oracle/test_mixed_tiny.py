@@ -11,13 +11,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deltas.delta import Component, Delta
 from deltas.formats import DeltaFiles, read
 from deltas.ops import Mode
-from deltas.sites import BackboneSpec
 from tests.oracle import peft_files, reference
 from tests.oracle.make_deltas import random_shifts
 from tests.oracle.rows import Row, generate, make_runner, place, same
+from tests.oracle.twelve import native_bitfit
 
 FIXTURES = Path(__file__).parent / "fixtures" / "adapterhub"
 BACKBONE = FIXTURES / "backbone"
@@ -34,12 +33,6 @@ def stock() -> torch.nn.Module:
 
 def folder_files(folder: Path) -> DeltaFiles:
     return DeltaFiles({path.name: path for path in folder.iterdir()})
-
-
-def bitfit_delta(shifts: dict[str, Tensor], spec: BackboneSpec) -> Delta:
-    """The native form of a BitFit given by module path."""
-    tensors = {f"{spec.by_path[path].name}/beta": beta for path, beta in shifts.items()}
-    return Delta((Component("bitfit", {}, tensors),))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +89,7 @@ def test_mixed_equals_alone_equals_source(mode: Mode, saved: dict[str, Path]) ->
     deltas = {name: read(folder_files(path), spec) for name, path in saved.items()}
     deltas |= {name: read(folder_files(FIXTURES / name), spec) for name in BOTTLENECKS}
     for seed in (1, 2):
-        deltas[f"bitfit{seed}"] = bitfit_delta(random_shifts(stock(), seed=seed, scale=0.3), spec)
+        deltas[f"bitfit{seed}"] = native_bitfit(random_shifts(stock(), seed=seed, scale=0.3), spec)
     packed = {name: place(runner, delta) for name, delta in deltas.items()}
     rng = random.Random(7)
     names = [*packed, "base", "base", "lora4", "par_bn"]

@@ -5,7 +5,7 @@ LoRAs and prompts are saved by PEFT and bottlenecks are in AdapterHub's layout, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -52,7 +52,12 @@ def write_folders(smollm2: Path, root: Path) -> dict[str, Path]:
 def bitfit_delta(smollm2: Path, spec: BackboneSpec, name: str) -> Delta:
     """The native form of a BitFit."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    tensors = {f"{spec.by_path[path].name}/beta": beta for path, beta in _shifts(model, name).items()}
+    return native_bitfit(_shifts(model, name), spec)
+
+
+def native_bitfit(shifts: Mapping[str, Tensor], spec: BackboneSpec) -> Delta:
+    """A BitFit given by module path, in the native form."""
+    tensors = {f"{spec.by_path[path].name}/beta": beta for path, beta in shifts.items()}
     return Delta((Component("bitfit", {}, tensors),))
 
 

@@ -15,7 +15,7 @@ from deltas.formats import native
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine.build import build
 from server.engine.engine import Engine
-from server.engine.messages import Cancel, Drop, Failed, Load, Loaded, Reply, Shutdown, Stats, Step, Submit
+from server.engine.messages import Cancel, Drop, Failed, Load, Loaded, Reply, Stats, Step, Submit
 from server.engine.process import EngineConfig
 from server.types import DeltaRef, EngineStats, SamplingParams, TokenEvent
 from tests.tiny import KINDS, random_delta, write_backbone
@@ -87,7 +87,7 @@ class Harness:
         return [token for event in self.events[row] for token in event.token_ids]
 
     def close(self) -> None:
-        self.engine.receive(Shutdown())
+        self.engine.receive(None)
         self._thread.join(timeout=60)
         assert not self._thread.is_alive()
 

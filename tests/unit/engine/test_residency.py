@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from deltas.backbones import describe
 from deltas.bank import PackedDelta
@@ -17,19 +16,9 @@ from deltas.formats import native
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine.residency import LoadFailure, Residency
 from server.types import DeltaRef
+from tests.tiny import llama_config
 
-SPEC: BackboneSpec = describe(
-    LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    ),
-    "test",
-)
+SPEC: BackboneSpec = describe(llama_config(), "test")
 
 
 def lora(rank: int, seed: int) -> Delta:

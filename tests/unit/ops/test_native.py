@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltas.ops import build, native
+from deltas.ops import native
 from deltas.ops.reference import activate
 from deltas.patches import Activation
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of the largest value
-
-
-@pytest.fixture(scope="module")
-def kernels() -> native.Kernels:
-    found = native.load()
-    if found is None:
-        pytest.skip(f"no C kernels here: {native.why_unavailable()}")
-    return found
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -387,26 +367,3 @@ def test_one_openmp_runtime_and_torch_sets_the_threads(kernels: native.Kernels, 
     if maps.exists():
         files = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
         assert len({f for f in files if Path(f).name.startswith(("libgomp", "libomp", "libiomp"))}) == 1
-
-
-def test_build_is_cached_and_safe_with_others_at_work(kernels: native.Kernels, tmp_path: Path) -> None:
-    script = "from deltas.ops import native; assert native.load() is not None"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    running = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in running] == [0, 0]
-    (built,) = (tmp_path / "deltaserve").iterdir()
-    stamp = built.stat().st_mtime_ns
-    build.library(tmp_path / "deltaserve")
-    assert built.stat().st_mtime_ns == stamp
-
-
-def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.BuildFailed, match="no compiler"):
-        build.library(tmp_path)
-    broken = tmp_path / "gcc"
-    broken.write_text("#!/bin/sh\nif [ $1 = --version ]; then exit 0; fi\necho out of order >&2; exit 3\n")
-    broken.chmod(0o755)
-    with pytest.raises(build.BuildFailed, match="out of order"):
-        build.library(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
