@@ -23,6 +23,30 @@ class Segment:
     rows: int
     delta: PackedDelta | None
 
+    @property
+    def slice(self) -> slice:
+        return slice(self.row0, self.row0 + self.rows)
+
+
+class Hooked(Protocol):
+    """What a step may ask of the module it changes, for the tokens of one segment (``rows``)."""
+
+    def linear(self, out0: int, out: int, x: Tensor, /) -> Tensor:
+        """The backbone's own columns ``out0 .. out0+out`` of its group for another input ``[n, in]``, bias included."""
+        ...
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
+        """The hooked norm of ``x`` ``[n, width]`` with other parameters."""
+        ...
+
+    def inner(self, rows: slice, /) -> Tensor:
+        """What the sublayer itself read, at a block site: ``[n, hidden]``."""
+        ...
+
+    def normed(self, x: Tensor, /) -> Tensor:
+        """The norm that follows a block on post-norm backbones, of ``x`` ``[n, hidden]``."""
+        ...
+
 
 class Plan(Protocol):
     """How one composition of segments is applied. Made by ``ops.plan``."""
@@ -31,9 +55,10 @@ class Plan(Protocol):
         """Does any row change anything at this group?"""
         ...
 
-    def apply(self, group: int, x: Tensor, y: Tensor) -> None:
-        """Adds every row's patches to ``y`` ``[tokens, out]`` in place; ``x`` ``[tokens, in]`` is the group's input
-        (the residual, for a block site). Both are row-strided with contiguous columns and of one dtype."""
+    def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
+        """Applies every row's steps to ``y`` ``[tokens, out]`` in place; ``x`` ``[tokens, in]`` is the group's input
+        (the residual, for a block site; token ids int64 ``[tokens]``, for an embedding). Both are row-strided with
+        contiguous columns."""
         ...
 
 

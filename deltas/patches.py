@@ -1,10 +1,16 @@
 """Patches: the primitive changes at one site. Every method lowers to a list of these.
 
-The general form at a linear site is ``y = W x + b + s * B (A x) + beta``; a bottleneck changes a sublayer's
-output ``h <- h + s * (f(D z + d) U + u)`` with ``z`` chosen by :class:`BlockInput`; a prefix is keys and values
-put before a row's own. Tensors are stored the way the kernels read them: a factor that is applied by dot
-products as ``[rank, in]``, one that is applied by additions as ``[rank, out]``. Scales are folded into the
-second factor when a method lowers, in float32.
+At a linear site the general form is
+
+    y = g * (W T(x) + b) + up^T (down x) + dW x + beta
+
+where T is an input gain or a block rotation, g an output gain and dW dense, sparse or a Kronecker product: **every
+addition is relative to the backbone's own output**, so patches of several deltas sum without disturbing one another
+(`compose.py`). A bottleneck changes a sublayer's output ``h <- h + s * (f(D z + d) U + u)`` with ``z`` chosen by
+:class:`BlockInput`; a prefix is keys and values put before a row's own; an override replaces a module's values.
+
+Tensors are stored the way the kernels read them: a factor that is applied by dot products as ``[rank, in]``, one that
+is applied by additions as ``[rank, out]``. Scales are folded into the second factor when a method lowers, in float32.
 
 ``LowRank`` and ``Bottleneck`` share that layout on purpose: a low-rank patch is a bottleneck with the identity
 between its two factors and no biases, so one kernel serves both.
@@ -37,6 +43,8 @@ class BlockInput(StrEnum):
     OUTPUT = "output"  # h
     OUTPUT_AND_RESIDUAL = "output+residual"  # h + i
     RESIDUAL = "residual"  # i
+    NORMED = "normed"  # LN(h + i), by the norm that follows on post-norm backbones
+    INNER = "inner"  # what the sublayer itself read: on pre-norm backbones the normed residual
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,10 +58,126 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shift:
-    """``y += beta`` at a linear or norm site; ``beta`` is ``[out]``."""
+    """``y += beta`` at a linear, norm or embedding site; ``beta`` is ``[out]``."""
 
     site: str
     beta: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gain:
+    """``y <- gain * y`` on the backbone's own output (bias included), before additions; ``gain`` is ``[out]``.
+
+    ``multiplies``: two such gains multiply (as IA3's do); otherwise what they change adds up (as DoRA's do).
+    """
+
+    site: str
+    gain: Tensor
+    multiplies: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputGain:
+    """``y = W (gain * x) + b`` at a linear site; ``gain`` is ``[in]``. Additions still read x."""
+
+    site: str
+    gain: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotation:
+    """``y = W T(x) + b`` with T block-diagonal, at a linear site: block k of x, a row, times ``blocks[k]``.
+
+    ``blocks`` is ``[count, size, size]`` with ``count * size = in``. Not necessarily orthogonal.
+    """
+
+    site: str
+    blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mix:
+    """``y <- own * y + other * y[partner]`` on the backbone's own output, before additions: a rotation of pairs.
+
+    ``own``, ``other`` ``[out]``; ``partner`` int64 ``[out]``.
+    """
+
+    site: str
+    own: Tensor
+    other: Tensor
+    partner: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseDiff:
+    """``y += matrix x`` at a linear site; ``matrix`` is ``[out, in]``."""
+
+    site: str
+    matrix: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseDiff:
+    """``y += S x`` at a linear site; S has ``values[k]`` at (``rows[k]``, ``columns[k]``), repeated places add.
+
+    ``rows`` (output) and ``columns`` (input) are int64 ``[count]``, ``values`` ``[count]``.
+    """
+
+    site: str
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kronecker:
+    """``y += (left kron right) x`` at a linear site; ``left`` ``[a, b]``, ``right`` ``[c, d]``, out = ac, in = bd."""
+
+    site: str
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Override:
+    """Absolute values in place of the backbone's own, at a linear, norm or embedding site.
+
+    ``weight`` ``[out, in]`` (linear), ``[n]`` (norm) or ``[rows, width]`` (embedding); ``bias`` ``[out]`` or None for none.
+    """
+
+    site: str
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingRows:
+    """Rows ``indices`` of an embedding are ``rows`` instead; int64 ``[n]``, ``[n, width]``."""
+
+    site: str
+    indices: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingLowRank:
+    """``y += table[id] @ up`` at an embedding; ``table`` ``[rows, rank]``, ``up`` ``[rank, width]``."""
+
+    site: str
+    table: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputRows:
+    """Outputs ``indices`` of a linear use the weight rows ``rows`` instead (its bias stays); int64 ``[n]``, ``[n, in]``.
+
+    The head's share of trained token embeddings that are tied to it.
+    """
+
+    site: str
+    indices: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +185,7 @@ class Bottleneck:
     """``h += up^T f(down z + down_bias) + up_bias`` at a block site, ``z`` by ``reads``.
 
     ``down`` ``[width, hidden]``, ``up`` ``[width, hidden]``, ``down_bias`` ``[width]``, ``up_bias`` ``[hidden]``.
+    Several at one site apply in order: each reads the ``h`` that the one before it left.
     """
 
     site: str
@@ -77,9 +202,11 @@ class SoftPrompt:
     """``embeddings`` ``[n, hidden]`` put before a row's token embeddings; real tokens' positions shift by n.
 
     On a causal backbone this is constant, so the engine turns it into a :class:`KVPrefix` per layer, once.
+    ``after_norm``: placed after an encoder's embedding norm (and its position embedding), else before them.
     """
 
     embeddings: Tensor
+    after_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,4 +222,22 @@ class KVPrefix:
     shifts_positions: bool
 
 
-Patch = LowRank | Shift | Bottleneck | SoftPrompt | KVPrefix
+SitePatches = (
+    LowRank
+    | Shift
+    | Gain
+    | InputGain
+    | Rotation
+    | Mix
+    | DenseDiff
+    | SparseDiff
+    | Kronecker
+    | Override
+    | EmbeddingRows
+    | EmbeddingLowRank
+    | OutputRows
+    | Bottleneck
+)
+"""What changes one module's output, token by token."""
+
+Patch = SitePatches | SoftPrompt | KVPrefix

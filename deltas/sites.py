@@ -10,21 +10,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Literal
 
 
 class SiteKind(StrEnum):
     """What a site is, hence which patches it takes."""
 
-    LINEAR = "linear"  # y = W x + b: LowRank, Shift
-    NORM = "norm"  # a layer or RMS norm: Shift
-    BLOCK = "block"  # the output of a sublayer, before the residual is added: Bottleneck
-    EMBEDDING = "embedding"  # the token embedding
+    LINEAR = "linear"  # y = W x + b
+    NORM = "norm"  # a layer or RMS norm
+    BLOCK = "block"  # the output of a sublayer, before the residual is added: bottlenecks
+    EMBEDDING = "embedding"  # a table of rows
     KV = "kv"  # a layer's keys and values: KVPrefix
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One hook point. ``in_features``/``out_features`` are the widths a patch must have there."""
+    """One hook point. ``in_features``/``out_features`` are the widths a patch must have there.
+
+    A fused linear (GPT-2's ``c_attn``) is a site, and each of its parts is one too: ``part`` sites have the same
+    ``path`` and start at output column ``offset``. A block site tells where a bottleneck finds what it reads:
+    ``residual`` is the module whose *input* will be added to the sublayer's output, ``inner`` the sublayer's first
+    linear, ``norm`` the norm that follows the addition (post-norm backbones only, else empty).
+    """
 
     name: str
     kind: SiteKind
@@ -32,13 +39,19 @@ class Site:
     in_features: int
     out_features: int
     bias: bool = False  # does the backbone itself have a bias here
+    offset: int = 0
+    part: bool = False
+    residual: str = ""
+    norm: str = ""
+    inner: str = ""
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
     """What the library knows of a backbone without its weights: sizes and sites.
 
-    ``revision`` identifies the weights; it is part of every cache key.
+    ``revision`` identifies the weights; it is part of every cache key. ``base_prefix`` is how module paths begin in
+    the model with a head (``model``, ``bert``; empty for T5); ``conv1d`` tells that linears store ``[in, out]``.
     """
 
     family: str
@@ -52,12 +65,23 @@ class BackboneSpec:
     max_positions: int
     pre_norm: bool
     sites: Mapping[str, Site]
+    kind: Literal["decoder", "encoder", "encoder-decoder"] = "decoder"
+    base_prefix: str = "model"
+    conv1d: bool = False
 
     @cached_property
     def by_path(self) -> Mapping[str, Site]:
-        """Module path -> the linear, norm or embedding site that hooks it."""
+        """Module path -> the linear, norm or embedding site that hooks it (the whole module, not its parts)."""
         hooked = (SiteKind.LINEAR, SiteKind.NORM, SiteKind.EMBEDDING)
-        return {site.path: site for site in self.sites.values() if site.kind in hooked}
+        return {site.path: site for site in self.sites.values() if site.kind in hooked and not site.part}
+
+    def site_at(self, path: str) -> Site | None:
+        """The site of a module, whether or not ``path`` begins with the base model's name."""
+        return self.by_path.get(path) or self.by_path.get(f"{self.base_prefix}.{path}")
+
+    def parts_of(self, site: Site) -> list[Site]:
+        """The parts of a fused linear, in the order of their columns; none for an ordinary one."""
+        return [s for s in self.sites.values() if s.part and s.path == site.path]
 
     def of_kind(self, *kinds: SiteKind) -> list[Site]:
         """The sites of these kinds, in the order in which a forward pass meets them."""

@@ -6,11 +6,17 @@ from collections.abc import Callable
 
 from transformers import PretrainedConfig
 
-from deltas.backbones import llama
+from deltas.backbones import bert, gpt2, llama, roberta, t5
 from deltas.errors import UnsupportedBackbone
 from deltas.sites import BackboneSpec
 
-_TABLES: dict[str, Callable[[PretrainedConfig, str], BackboneSpec]] = {"llama": llama.describe}
+_TABLES: dict[str, Callable[[PretrainedConfig, str], BackboneSpec]] = {
+    "bert": bert.describe,
+    "gpt2": gpt2.describe,
+    "llama": llama.describe,
+    "roberta": roberta.describe,
+    "t5": t5.describe,
+}
 
 
 def families() -> list[str]:

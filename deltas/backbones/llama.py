@@ -58,9 +58,25 @@ def _layer(index: int, config: PretrainedConfig) -> Iterator[Site]:
     yield Site(f"{name}.attn.v", SiteKind.LINEAR, f"{attention}.v_proj", hidden, keys, attn_bias)
     yield Site(f"{name}.attn.kv", SiteKind.KV, attention, keys, keys)
     yield Site(f"{name}.attn.o", SiteKind.LINEAR, f"{attention}.o_proj", queries, hidden, attn_bias)
-    yield Site(f"{name}.attn.out", SiteKind.BLOCK, f"{attention}.o_proj", hidden, hidden)
+    yield Site(
+        f"{name}.attn.out",
+        SiteKind.BLOCK,
+        f"{attention}.o_proj",
+        hidden,
+        hidden,
+        residual=f"{path}.input_layernorm",
+        inner=f"{attention}.q_proj",
+    )
     yield Site(f"{name}.mlp.norm", SiteKind.NORM, f"{path}.post_attention_layernorm", hidden, hidden)
     yield Site(f"{name}.mlp.gate", SiteKind.LINEAR, f"{feed_forward}.gate_proj", hidden, inner, mlp_bias)
     yield Site(f"{name}.mlp.up", SiteKind.LINEAR, f"{feed_forward}.up_proj", hidden, inner, mlp_bias)
     yield Site(f"{name}.mlp.down", SiteKind.LINEAR, f"{feed_forward}.down_proj", inner, hidden, mlp_bias)
-    yield Site(f"{name}.mlp.out", SiteKind.BLOCK, f"{feed_forward}.down_proj", hidden, hidden)
+    yield Site(
+        f"{name}.mlp.out",
+        SiteKind.BLOCK,
+        f"{feed_forward}.down_proj",
+        hidden,
+        hidden,
+        residual=f"{path}.post_attention_layernorm",
+        inner=f"{feed_forward}.gate_proj",
+    )

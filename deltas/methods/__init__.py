@@ -8,6 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from deltas.compose import combine, weighted
 from deltas.delta import Delta
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.methods.base import Method, Outline
@@ -15,8 +16,9 @@ from deltas.methods.bitfit import BitFit
 from deltas.methods.bottleneck import BottleneckAdapter
 from deltas.methods.lora import Lora
 from deltas.methods.prompt import Prompt
-from deltas.patches import LowRank, Patch, Shift
+from deltas.patches import Patch
 from deltas.sites import BackboneSpec
+from deltas.weights import SiteWeights, Source
 
 METHODS: Mapping[str, Method] = {
     method.name: method for method in (Lora(), BottleneckAdapter(), BitFit(), Prompt())
@@ -61,40 +63,37 @@ def rank(delta: Delta) -> int | None:
     return max((found for found in ranks if found is not None), default=None)
 
 
-def lower(delta: Delta, spec: BackboneSpec) -> list[Patch]:
-    """The delta as patches in float32, at most one of each kind per site.
+def lower(delta: Delta, spec: BackboneSpec, source: Source | None = None) -> list[Patch]:
+    """The delta as patches in float32, its components joined by the rules of ``compose.py``.
 
-    Low-rank patches of several components at one site are concatenated along the rank, which sums them;
-    shifts are added. Raises :class:`InvalidDelta` where folding a scale overflows float32, and all that
-    :func:`check` raises.
+    ``source`` gives the backbone's own tensors, for methods that depend on them. Raises :class:`InvalidDelta` where
+    folding a scale overflows float32, :class:`UnsupportedDelta` where the weights are needed and not at hand, and
+    all that :func:`check` raises.
     """
-    check(delta, spec)
-    merged: dict[tuple[type, str], Patch] = {}
-    for component in delta.components:
-        for patch in METHODS[component.method].lower(component, spec):
-            site = getattr(patch, "site", "")
-            key = (type(patch), site)
-            merged[key] = _join(merged[key], patch) if key in merged else patch
-    for patch in merged.values():
+    return lower_sum([(delta, 1.0)], spec, source)
+
+
+def lower_sum(
+    parts: Sequence[tuple[Delta, float]], spec: BackboneSpec, source: Source | None = None
+) -> list[Patch]:
+    """Several deltas, each with its weight, as one list of patches. Raises what :func:`lower` does."""
+    weights = SiteWeights(spec, source)
+    lowered: list[list[Patch]] = []
+    for delta, weight in parts:
+        check(delta, spec)
+        for component in delta.components:
+            patches = METHODS[component.method].lower(component, weights)
+            lowered.append([weighted(patch, weight, weights) for patch in patches])
+    joined = combine(lowered)
+    for patch in joined:
         _check_finite(patch)
-    return list(merged.values())
-
-
-def _join(first: Patch, second: Patch) -> Patch:
-    """The one patch that does what both do."""
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        down, up = torch.cat([first.down, second.down]), torch.cat([first.up, second.up])
-        return LowRank(first.site, down, up)
-    if isinstance(first, Shift) and isinstance(second, Shift):
-        return Shift(first.site, first.beta + second.beta)
-    where = getattr(first, "site", "the start of the row")
-    raise UnsupportedDelta(f"two {type(first).__name__} patches at {where}", field="components")
+    return joined
 
 
 def _check_finite(patch: Patch) -> None:
     for item in fields(patch):
         value = getattr(patch, item.name)
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             where = getattr(patch, "site", "embeddings")
             raise InvalidDelta(f"{item.name} at {where} overflows float32 once scaled", field=where)
 
@@ -106,4 +105,4 @@ def _outlines(delta: Delta) -> list[Outline]:
     ]
 
 
-__all__ = ["METHODS", "Method", "Outline", "check", "check_outlines", "lower", "method", "rank"]
+__all__ = ["METHODS", "Method", "Outline", "check", "check_outlines", "lower", "lower_sum", "method", "rank"]

@@ -11,6 +11,7 @@ from deltas.delta import Component
 from deltas.errors import InvalidDelta
 from deltas.patches import Patch
 from deltas.sites import BackboneSpec, Site, SiteKind
+from deltas.weights import SiteWeights
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical tensor name (``<site>/<parameter>``) -> shape, as a file's header says."""
@@ -51,8 +52,8 @@ class Method(Protocol):
         """The largest rank or bottleneck width, None where the method has neither."""
         ...
 
-    def lower(self, component: Component, spec: BackboneSpec, /) -> list[Patch]:
-        """Patches in float32, contiguous, in the order of a forward pass."""
+    def lower(self, component: Component, weights: SiteWeights, /) -> list[Patch]:
+        """Patches in float32, contiguous, in the order of a forward pass. ``weights`` has the spec too."""
         ...
 
 

@@ -14,6 +14,7 @@ from deltas.delta import Component
 from deltas.methods.base import Outline, by_site, expect, only_keys
 from deltas.patches import Patch, Shift
 from deltas.sites import BackboneSpec, SiteKind
+from deltas.weights import SiteWeights
 
 _KINDS = (SiteKind.LINEAR, SiteKind.NORM)
 
@@ -37,10 +38,10 @@ class BitFit:
     def rank(self, _outline: Outline) -> int | None:
         return None
 
-    def lower(self, component: Component, spec: BackboneSpec) -> list[Patch]:
+    def lower(self, component: Component, weights: SiteWeights) -> list[Patch]:
         present = set(component.sites())
         return [
             Shift(site.name, component.at(site.name)["beta"].to(torch.float32).contiguous())
-            for site in spec.of_kind(*_KINDS)
+            for site in weights.spec.of_kind(*_KINDS)
             if site.name in present
         ]

@@ -16,6 +16,7 @@ from deltas.errors import InvalidDelta
 from deltas.methods.base import Outline, by_site, expect, number, only_keys
 from deltas.patches import Activation, BlockInput, Bottleneck, Patch
 from deltas.sites import BackboneSpec, SiteKind
+from deltas.weights import SiteWeights
 
 _PARAMETERS = ("down", "down_bias", "up", "up_bias")
 _ACTIVATIONS = {activation.name.lower(): activation for activation in Activation}
@@ -46,18 +47,17 @@ class BottleneckAdapter:
             expect(f"{site.name}/up", parameters["up"], (site.out_features, width))
             expect(f"{site.name}/up_bias", parameters["up_bias"], (site.out_features,))
 
-    def claims(self, outline: Outline) -> frozenset[str]:
-        # One after the other or side by side are both common readings of "two adapters here".
-        return frozenset(f"the bottleneck at {name.rpartition('/')[0]}" for name in outline.shapes)
+    def claims(self, _outline: Outline) -> frozenset[str]:
+        return frozenset()  # several at one site apply in order
 
     def rank(self, outline: Outline) -> int | None:
         widths = (shape[0] for name, shape in outline.shapes.items() if name.endswith("/down"))
         return max(widths, default=None)
 
-    def lower(self, component: Component, spec: BackboneSpec) -> list[Patch]:
+    def lower(self, component: Component, weights: SiteWeights) -> list[Patch]:
         config, present = component.config, set(component.sites())
         patches: list[Patch] = []
-        for site in spec.of_kind(SiteKind.BLOCK):
+        for site in weights.spec.of_kind(SiteKind.BLOCK):
             if site.name not in present:
                 continue
             tensors = {name: t.to(torch.float32) for name, t in component.at(site.name).items()}

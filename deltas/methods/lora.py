@@ -16,6 +16,7 @@ from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.methods.base import Outline, by_site, expect, number, only_keys
 from deltas.patches import LowRank, Patch
 from deltas.sites import BackboneSpec, SiteKind
+from deltas.weights import SiteWeights
 
 
 class Lora:
@@ -54,11 +55,11 @@ class Lora:
     def rank(self, outline: Outline) -> int | None:
         return max((shape[0] for name, shape in outline.shapes.items() if name.endswith("/A")), default=None)
 
-    def lower(self, component: Component, spec: BackboneSpec) -> list[Patch]:
+    def lower(self, component: Component, weights: SiteWeights) -> list[Patch]:
         default, scales = component.config["scale"], component.config.get("scales", {})
         present = set(component.sites())
         patches: list[Patch] = []
-        for site in spec.of_kind(SiteKind.LINEAR):
+        for site in weights.spec.of_kind(SiteKind.LINEAR):
             if site.name not in present:
                 continue
             tensors = component.at(site.name)

@@ -15,6 +15,7 @@ from deltas.errors import InvalidDelta
 from deltas.methods.base import Outline, expect, only_keys
 from deltas.patches import Patch, SoftPrompt
 from deltas.sites import BackboneSpec
+from deltas.weights import SiteWeights
 
 POSITIONS = "positions"
 """The claim of whatever shifts the positions of a row's own tokens."""
@@ -50,5 +51,5 @@ class Prompt:
     def rank(self, _outline: Outline) -> int | None:
         return None
 
-    def lower(self, component: Component, _spec: BackboneSpec) -> list[Patch]:
+    def lower(self, component: Component, _weights: SiteWeights) -> list[Patch]:
         return [SoftPrompt(component.tensors["embeddings"].to(torch.float32).contiguous())]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltas.bank import PackedDelta
-from deltas.batch import Plan, Segment, merge
+from deltas.batch import Hooked, Plan, Segment, merge
 from deltas.ops import native, reference
 from deltas.ops.dense import DensePlan
 from deltas.ops.table import DeltaTables, NativePlan, is_wide
@@ -32,12 +32,11 @@ class ReferencePlan:
     def active(self, group: int) -> bool:
         return any(s.delta is not None and group in s.delta.patches for s in self.segments)
 
-    def apply(self, group: int, x: Tensor, y: Tensor) -> None:
+    def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
         for segment in self.segments:
-            patches = segment.delta.patches.get(group) if segment.delta is not None else None
-            if patches:
-                rows = slice(segment.row0, segment.row0 + segment.rows)
-                reference.apply(patches, x[rows], y[rows])
+            steps = segment.delta.patches.get(group) if segment.delta is not None else None
+            if steps:
+                reference.apply(steps, x, y, hooked, segment.slice)
 
 
 @dataclass(eq=False)

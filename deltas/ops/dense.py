@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltas.bank import SitePatch
-from deltas.batch import Segment
+from deltas.batch import Hooked, Segment
 from deltas.ops import reference
 from deltas.patches import Activation, BlockInput
 
@@ -32,6 +32,7 @@ class _Stacked:
     down_bias: Tensor | None  # [ranks]
     up: Tensor | None  # [ranks, out]
     mask: Tensor | None
+    gain: Tensor | None  # [tokens, out]
     shift: Tensor | None  # [tokens, out]
 
 
@@ -46,15 +47,20 @@ class DensePlan:
     def active(self, group: int) -> bool:
         return any(s.delta is not None and group in s.delta.patches for s in self.segments)
 
-    def apply(self, group: int, x: Tensor, y: Tensor) -> None:
+    def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
+        for segment in self.segments:
+            if segment.delta is not None and group in segment.delta.alone:
+                reference.apply_wide(segment.delta.patches[group], x, y, hooked, segment.slice)
         stacked = self._groups.get(group)
         if stacked is None:
             stacked = self._groups[group] = self._stack(group, x)
         before = y.clone() if any(s.reads is not None for s in stacked) else y
         for part in stacked:
             columns = y[:, part.out0 : part.out0 + part.out]
+            if part.gain is not None:
+                columns *= part.gain
             if part.down is not None and part.up is not None and part.mask is not None:
-                z = reference.block_input(part.reads, x, before)
+                z = reference.block_input(part.reads, x, before, hooked, slice(None))
                 h = reference.activate(F.linear(z, part.down, part.down_bias), part.activation)
                 # where, not a product: a poisoned delta's NaN must not reach its neighbours through 0 * NaN
                 columns.addmm_(
@@ -68,10 +74,11 @@ class DensePlan:
             defaultdict(list)
         )
         for segment in self.segments:
-            if segment.delta is None:
+            if segment.delta is None or group in segment.delta.alone:
                 continue
             for patch in segment.delta.patches.get(group, ()):
-                classes[(patch.out0, patch.out, patch.reads, patch.activation)].append((segment, patch))
+                if isinstance(patch, SitePatch):
+                    classes[(patch.out0, patch.out, patch.reads, patch.activation)].append((segment, patch))
         return [self._stack_class(key, members, x) for key, members in classes.items()]
 
     def _stack_class(
@@ -91,12 +98,17 @@ class DensePlan:
             at += patch.rank
         biases = [p.down_bias if p.down_bias is not None else x.new_zeros(p.rank) for _, p in ranked]
         has_bias = any(p.down_bias is not None for _, p in ranked)
-        shift = None
+        gain = shift = None
+        if any(p.gain is not None for _, p in members):
+            gain = x.new_ones(self.tokens, out)
+            for segment, patch in members:
+                if patch.gain is not None:
+                    gain[segment.slice] = patch.gain
         if any(p.shift is not None for _, p in members):
             shift = x.new_zeros(self.tokens, out)
             for segment, patch in members:
                 if patch.shift is not None:
-                    shift[segment.row0 : segment.row0 + segment.rows] = patch.shift
+                    shift[segment.slice] = patch.shift
         return _Stacked(
             out0,
             out,
@@ -106,5 +118,6 @@ class DensePlan:
             down_bias=torch.cat(biases) if has_bias else None,
             up=torch.cat(ups) if ups else None,
             mask=mask.to(x.device) if downs else None,
+            gain=gain,
             shift=shift,
         )

@@ -12,15 +12,15 @@ enum { READS_X, READS_Y, READS_X_AND_Y, READS_RESIDUAL };
 #define DOT_ROWS 2
 #endif
 
-/* One line of the table: 11 fields of 8 bytes, in the order of deltas/ops/native.py's ENTRY_FIELDS. */
+/* One line of the table: 12 fields of 8 bytes, in the order of deltas/ops/native.py's ENTRY_FIELDS. */
 typedef struct {
     int64_t row0, rows, rank;
-    const void *down, *down_bias, *up, *shift;
+    const void *down, *down_bias, *up, *gain, *shift;
     int64_t out0, out, activation, reads;
 } entry;
-_Static_assert(sizeof(entry) == 88, "the table's layout");
+_Static_assert(sizeof(entry) == 96, "the table's layout");
 
-INLINE int is_empty(const entry *e) { return e->rows <= 0 || (e->rank == 0 && e->shift == NULL); }
+INLINE int is_empty(const entry *e) { return e->rows <= 0 || (e->rank == 0 && e->gain == NULL && e->shift == NULL); }
 INLINE int is_inside(const entry *e, int64_t tokens, int64_t in, int64_t columns) {
     return e->row0 >= 0 && e->row0 + e->rows <= tokens && e->out0 >= 0 && e->out >= 0 &&
            e->out0 + e->out <= columns && e->rank >= 0 && e->reads >= READS_X && e->reads <= READS_RESIDUAL &&
@@ -94,16 +94,27 @@ INLINE void NAME(dots)(int n, int m, const float *z, int64_t padded, const T *do
     }
 }
 
-/* y[t][0:count] += h_t . up[:, 0:count] + shift for n tokens and `pairs` pairs of columns; the last may be
- * partial. */
+/* y[t][0:count] = gain * y + h_t . up[:, 0:count] + shift for n tokens and `pairs` pairs of columns; the last
+ * may be partial. */
 INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t rank, int64_t out,
-                         const T *shift, T *y, int64_t ldy, int64_t count, ahead *next) {
+                         const T *gain, const T *shift, T *y, int64_t ldy, int64_t count, ahead *next) {
     ahead coming = *next;
     pair acc[4][4];
     UNROLL
     for (int t = 0; t < n; t++) {
         UNROLL
         for (int p = 0; p < pairs; p++) acc[t][p] = NAME(load_some)(y + t * ldy + p * PAIR, count - p * PAIR);
+    }
+    if (gain != NULL) {
+        UNROLL
+        for (int p = 0; p < pairs; p++) {
+            pair g = NAME(load_some)(gain + p * PAIR, count - p * PAIR);
+            UNROLL
+            for (int t = 0; t < n; t++) {
+                acc[t][p].a *= g.a;
+                acc[t][p].b *= g.b;
+            }
+        }
     }
     for (int64_t r = 0; r < rank; r++) {
         coming = fetch(coming, pairs * LINES);
@@ -157,7 +168,7 @@ INLINE void NAME(gather_input)(int n, int64_t reads, const T *x, int64_t ldx, co
 INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, int64_t in, T *y, int64_t ldy,
                                float *scratch, ahead *next) {
     int64_t rank = e->rank, padded = round_up(in, PAIR);
-    const T *down = e->down, *bias = e->down_bias, *up = e->up;
+    const T *down = e->down, *bias = e->down_bias, *up = e->up, *gain = e->gain, *shift = e->shift;
     float *z = scratch, *h = scratch + TOKENS * padded;
     if (rank > 0) {
         const int wide = n == 1 ? 2 * DOT_ROWS : DOT_ROWS;
@@ -179,11 +190,11 @@ INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, i
     const int pairs = n == 1 && LANES == 16 ? 4 : 2;
     int64_t o = 0;
     for (; o + pairs * PAIR <= e->out; o += pairs * PAIR)
-        NAME(spread)(n, pairs, h, up + o, rank, e->out, e->shift ? (const T *)e->shift + o : NULL, y + o, ldy,
-                     pairs * PAIR, next + 1);
+        NAME(spread)(n, pairs, h, up + o, rank, e->out, gain ? gain + o : NULL,
+                     shift ? shift + o : NULL, y + o, ldy, pairs * PAIR, next + 1);
     for (; o < e->out; o += PAIR)
-        NAME(spread)(n, 1, h, up + o, rank, e->out, e->shift ? (const T *)e->shift + o : NULL, y + o, ldy,
-                     e->out - o, next + 1);
+        NAME(spread)(n, 1, h, up + o, rank, e->out, gain ? gain + o : NULL, shift ? shift + o : NULL, y + o,
+                     ldy, e->out - o, next + 1);
 }
 
 static void NAME(patch_unit)(const entry *e, int64_t token0, const T *x, int64_t ldx, int64_t in, T *y,
@@ -196,7 +207,7 @@ static void NAME(patch_unit)(const entry *e, int64_t token0, const T *x, int64_t
     for (; t < end; t++) NAME(patch_tokens)(1, e, from + t * ldx, ldx, in, to + t * ldy, ldy, scratch, next);
 }
 
-/* y[t, out0:out0+out] += up^T act(down z_t + down_bias) + shift for the tokens of every entry; z by `reads`:
+/* y[t, out0:out0+out] = gain * y + up^T act(down z_t + down_bias) + shift for the tokens of every entry; z by `reads`:
  * x, y's own columns, their sum, or x as the residual. x is [tokens, in], y [tokens, columns]. Entries may
  * overlap only where one directly follows the other in the table with the same tokens; then they apply in
  * order. */

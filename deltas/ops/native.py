@@ -20,7 +20,7 @@ from deltas.ops import build
 log = logging.getLogger(__name__)
 
 ENTRY_FIELDS = (
-    "row0", "rows", "rank", "down", "down_bias", "up", "shift", "out0", "out", "activation", "reads",
+    "row0", "rows", "rank", "down", "down_bias", "up", "gain", "shift", "out0", "out", "activation", "reads",
 )  # fmt: skip
 """Columns of the patch table, as in the C source's ``entry``: int64, tensors as addresses, 0 for none."""
 

@@ -6,11 +6,15 @@ device, since there one ordinary GEMM per delta is the fastest way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltas.bank import SitePatch
+from deltas.bank import Applied, SitePatch
+from deltas.batch import Hooked
+from deltas.ops import placed
 from deltas.patches import Activation, BlockInput
 
 
@@ -35,7 +39,7 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
             return F.leaky_relu(h, 0.01)
 
 
-def block_input(reads: BlockInput | None, x: Tensor, y: Tensor) -> Tensor:
+def block_input(reads: BlockInput | None, x: Tensor, y: Tensor, hooked: Hooked, rows: slice) -> Tensor:
     """What a patch reads: the site's input ``x`` for None; for a block site ``x`` is the residual, ``y`` the output."""
     match reads:
         case None | BlockInput.RESIDUAL:
@@ -44,41 +48,55 @@ def block_input(reads: BlockInput | None, x: Tensor, y: Tensor) -> Tensor:
             return y
         case BlockInput.OUTPUT_AND_RESIDUAL:
             return y + x
+        case BlockInput.NORMED:
+            return hooked.normed(y + x)
+        case BlockInput.INNER:
+            return hooked.inner(rows)
 
 
-def contribution(patch: SitePatch, x: Tensor, y: Tensor) -> Tensor:
-    """What the patch adds to ``y[:, out0:out0+out]``; float32 ``[tokens, out]``.
-
-    ``x`` ``[tokens, in]`` and ``y`` ``[tokens, all columns of the group]``, any float dtype.
-    """
-    added = torch.zeros(x.shape[0], patch.out, dtype=torch.float32, device=x.device)
+def _site_patch(patch: SitePatch, x: Tensor, columns: Tensor, hooked: Hooked, rows: slice) -> None:
+    y = columns.float()
     if patch.down is not None and patch.up is not None:
-        columns = y[:, patch.out0 : patch.out0 + patch.out]
-        z = block_input(patch.reads, x.float(), columns.float())
+        z = block_input(patch.reads, x, columns, hooked, rows).float()
         bias = None if patch.down_bias is None else patch.down_bias.float()
         h = activate(F.linear(z, patch.down.float(), bias), patch.activation)
         added = h @ patch.up.float()
+    else:
+        added = torch.zeros_like(y)
+    if patch.gain is not None:
+        y = y * patch.gain.float()
     if patch.shift is not None:
         added = added + patch.shift.float()
-    return added
+    columns.copy_(y + added)
 
 
-def apply(patches: tuple[SitePatch, ...], x: Tensor, y: Tensor) -> None:
-    """Adds every patch's contribution to ``y`` in place, in float32, rounding once to y's dtype."""
-    for patch in patches:
-        columns = y[:, patch.out0 : patch.out0 + patch.out]
-        columns.copy_(columns.float() + contribution(patch, x, y))
+def apply(steps: Sequence[Applied], x: Tensor, y: Tensor, hooked: Hooked, rows: slice) -> None:
+    """Applies the steps in order to ``y[rows]`` in place, in float32, rounding to y's dtype after each.
+
+    ``x`` and ``y`` hold the whole batch's tokens; see :class:`~deltas.batch.Plan`.
+    """
+    for step in steps:
+        columns = y[rows, step.out0 : step.out0 + step.out]
+        if isinstance(step, SitePatch):
+            _site_patch(step, x[rows], columns, hooked, rows)
+        else:
+            placed.apply(step, x[rows], columns, hooked)
 
 
-def apply_wide(patches: tuple[SitePatch, ...], x: Tensor, y: Tensor) -> None:
+def apply_wide(steps: Sequence[Applied], x: Tensor, y: Tensor, hooked: Hooked, rows: slice) -> None:
     """:func:`apply` for many tokens: GEMMs in the arena's dtype, as the backbone's own layers compute."""
-    for patch in patches:
-        columns = y[:, patch.out0 : patch.out0 + patch.out]
-        if patch.down is not None and patch.up is not None:
-            z = block_input(patch.reads, x, columns)
-            h = activate(F.linear(z, patch.down, patch.down_bias), patch.activation)
-            if patch.shift is not None:
-                columns += patch.shift
-            columns.addmm_(h, patch.up)
-        elif patch.shift is not None:
-            columns += patch.shift
+    for step in steps:
+        columns = y[rows, step.out0 : step.out0 + step.out]
+        if not isinstance(step, SitePatch):
+            placed.apply(step, x[rows], columns, hooked)
+            continue
+        h = None
+        if step.down is not None and step.up is not None:
+            z = block_input(step.reads, x[rows], columns, hooked, rows)
+            h = activate(F.linear(z, step.down, step.down_bias), step.activation)
+        if step.gain is not None:
+            columns *= step.gain
+        if step.shift is not None:
+            columns += step.shift
+        if h is not None and step.up is not None:
+            columns.addmm_(h, step.up)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from deltas.bank import PackedDelta, SitePatch
-from deltas.batch import Segment
+from deltas.batch import Hooked, Segment
 from deltas.ops import reference
 from deltas.ops.native import ENTRY_FIELDS, Kernels
 from deltas.patches import BlockInput
@@ -50,6 +50,7 @@ def _entry(patch: SitePatch) -> list[int]:
         address(patch.down),
         address(patch.down_bias),
         address(patch.up),
+        address(patch.gain),
         address(patch.shift),
         patch.out0,
         patch.out,
@@ -70,11 +71,13 @@ class DeltaTables:
         known = self._tables.get(id(delta))
         if known is not None and known[0] is delta:
             return known[1]
-        entries = max((len(patches) for patches in delta.patches.values()), default=1)
+        plain = {g: steps for g, steps in delta.patches.items() if g not in delta.looped}
+        entries = max((len(steps) for steps in plain.values()), default=1)
         table: Table = np.zeros((self._groups, entries, len(ENTRY_FIELDS)), dtype=np.int64)
-        for group, patches in delta.patches.items():
-            for j, patch in enumerate(patches):
-                table[group, j] = _entry(patch)
+        for group, steps in plain.items():
+            for j, step in enumerate(steps):
+                if isinstance(step, SitePatch):
+                    table[group, j] = _entry(step)
         self._tables[id(delta)] = (delta, table)
         return table
 
@@ -114,17 +117,25 @@ class NativePlan:
         result: list[bool] = (table[:, :, FIRST_EFFECT : LAST_EFFECT + 1] != 0).any(axis=(1, 2)).tolist()
         return result
 
+    @cached_property
+    def _looped(self) -> dict[int, list[Segment]]:
+        """By group: the short segments whose steps there are beyond the kernel."""
+        found: dict[int, list[Segment]] = {}
+        for segment in self.narrow:
+            for group in () if segment.delta is None else segment.delta.looped:
+                found.setdefault(group, []).append(segment)
+        return found
+
     def active(self, group: int) -> bool:
-        if self._table is not None and self._active[group]:
+        if (self._table is not None and self._active[group]) or group in self._looped:
             return True
         return any(s.delta is not None and group in s.delta.patches for s in self.wide)
 
-    def apply(self, group: int, x: Tensor, y: Tensor) -> None:
+    def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
         table = self._table
         if table is not None and self._active[group]:
             self.kernels.patch(table[group], x, y)
-        for segment in self.wide:
-            patches = segment.delta.patches.get(group) if segment.delta is not None else None
-            if patches:
-                rows = slice(segment.row0, segment.row0 + segment.rows)
-                reference.apply_wide(patches, x[rows], y[rows])
+        for segment in (*self._looped.get(group, ()), *self.wide):
+            steps = segment.delta.patches.get(group) if segment.delta is not None else None
+            if steps:
+                reference.apply_wide(steps, x, y, hooked, segment.slice)

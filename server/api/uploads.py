@@ -19,7 +19,7 @@ from deltas import formats, methods
 from deltas.delta import Delta
 from deltas.formats import native
 from deltas.formats.files import DeltaFiles
-from deltas.formats.frozen import FrozenTensors
+from deltas.weights import FrozenTensors
 from server.api.archives import is_archive, unpack
 from server.api.multipart import Form
 from server.api.services import Backbone, Services

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from deltas.bank import PackedDelta
+from deltas.weights import FrozenTensors
 from server.engine.logprobs import prompt_logprobs
 from server.engine.messages import (
     Cancel,
@@ -89,6 +90,7 @@ class Engine:
             backbone.spec,
             backbone.dtype,
             backbone.device,
+            weights=FrozenTensors(backbone.folder),
             device_bytes=delta_bytes,
             host_bytes=host_delta_bytes,
             finish=runner.prompt_prefix,

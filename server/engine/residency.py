@@ -21,6 +21,7 @@ from deltas.bank import PackedDelta, pack
 from deltas.errors import DeltaError
 from deltas.formats import native
 from deltas.sites import BackboneSpec
+from deltas.weights import Source
 from server.types import DeltaRef
 
 LOADERS = 2
@@ -53,9 +54,10 @@ class Counts:
 class Residency:
     """Device and host tiers with byte budgets, both least-recently-used. Owned by the step loop.
 
-    ``finish`` turns a packed delta into what is kept on the device (a soft prompt's keys and values are computed
-    there) and may refuse it with a :class:`DeltaError`; ``forget`` hears of every delta that leaves; ``wake`` is
-    called from a loader thread when it has a result.
+    ``weights`` gives the backbone's own tensors to methods that depend on them. ``finish`` turns a packed delta into
+    what is kept on the device (a soft prompt's keys and values are computed there) and may refuse it with a
+    :class:`DeltaError`; ``forget`` hears of every delta that leaves; ``wake`` is called from a loader thread when it
+    has a result.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Residency:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        weights: Source | None = None,
         device_bytes: int,
         host_bytes: int,
         finish: Callable[[PackedDelta], PackedDelta],
@@ -71,6 +74,7 @@ class Residency:
         wake: Callable[[], None],
     ) -> None:
         self._spec, self._dtype, self._device = spec, dtype, device
+        self._weights = weights
         self._device_bytes, self._host_bytes = device_bytes, host_bytes
         self._finish, self._forget, self._wake = finish, forget, wake
         self._on_device: OrderedDict[str, _Resident] = OrderedDict()
@@ -225,7 +229,8 @@ class Residency:
             if delta.digest != ref.digest:
                 raise DeltaError(f"the stored tensors of {ref.digest[:12]} are damaged: their digest differs")
             pin = self._device.type == "cuda"
-            result = pack(methods.lower(delta, self._spec), self._spec, self._dtype, pin=pin)
+            patches = methods.lower(delta, self._spec, self._weights)
+            result = pack(patches, self._spec, self._dtype, pin=pin)
         except (DeltaError, OSError) as error:
             result = error
         except Exception as error:  # noqa: BLE001 - a loader must always answer: its rows wait for it

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from deltas.attach import attach
-from deltas.bank import PackedDelta, SiteGroup, site_groups
+from deltas.bank import PackedDelta
 from deltas.batch import Plan, Segment
 from deltas.errors import InvalidDelta
+from deltas.groups import SiteGroup, site_groups
 from deltas.ops import Mode, Ops
 from server.engine.backbone import Backbone
 from server.engine.kv import Attention, SlotKV
@@ -92,7 +93,7 @@ class Runner:
         for row, delta in zip(rows, deltas, strict=True):
             seq = row.seq
             starts.append(seq.prefix + row.start)
-            first = row.start + (seq.prefix if delta is not None and delta.shifts_positions else 0)
+            first = row.start + (0 if delta is None else delta.shift)
             if row.count == 1 and row.start >= len(seq.prompt):
                 ids.append(seq.output[row.start - len(seq.prompt)])
                 positions.append(first)
@@ -134,16 +135,19 @@ class Runner:
         if delta.prompt is None:
             return delta
         n = int(delta.prompt.shape[0])
-        limit = min(LONGEST_PROMPT, self.kv.capacity - 1)
+        limit = min(LONGEST_PROMPT, self.kv.capacity - 1 - (delta.prefix_length - n))
         if n > limit:
             raise InvalidDelta(f"{n} virtual tokens; this server takes at most {limit}", field="embeddings")
-        attention = Attention(self.kv, self.ops.kernels, [self.scratch_slot], [0], [n])
+        held = delta.prefix_length - n  # a prefix of its own, that the prompt's tokens attend to as well
+        if delta.prefix is not None:
+            self.kv.put_prefix(self.scratch_slot, delta.prefix)
+        attention = Attention(self.kv, self.ops.kernels, [self.scratch_slot], [held], [n])
         positions = torch.arange(n, device=self.backbone.device)[None]
         self.hooks.plan = self.ops.plan([Segment(0, n, delta)], n)
         self._forward(attention, positions, inputs_embeds=delta.prompt[None])
         self.hooks.plan = None
         self.ops.forget(delta)
-        return delta.with_prefix(self.kv.read_prefix(self.scratch_slot, n))
+        return delta.with_prefix(self.kv.read_prefix(self.scratch_slot, held + n))
 
     def forget(self, delta: PackedDelta) -> None:
         """A delta left the device: nothing kept here may name it any more."""

@@ -1,0 +1,197 @@
+"""Sums of deltas: what each changes relative to the backbone, weighted and added, where that is exact.
+
+The same rules join the components of one delta. Bottlenecks chain in order instead, each reading what the one before
+left; trained token rows join where they name different tokens; what has no agreed meaning together is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from deltas.errors import UnsupportedDelta
+from deltas.patches import (
+    Bottleneck,
+    DenseDiff,
+    EmbeddingLowRank,
+    EmbeddingRows,
+    Gain,
+    InputGain,
+    Kronecker,
+    KVPrefix,
+    LowRank,
+    Mix,
+    OutputRows,
+    Override,
+    Patch,
+    Rotation,
+    Shift,
+    SoftPrompt,
+    SparseDiff,
+)
+from deltas.weights import SiteWeights
+
+# What replaces or transforms the backbone's own output, hence stands alone among these at a site.
+_EXCLUSIVE = (Override, InputGain, Rotation, Mix, Gain)
+
+
+def weighted(patch: Patch, weight: float, weights: SiteWeights) -> Patch:
+    """The patch whose change, relative to the backbone, is ``weight`` times as large.
+
+    Raises :class:`UnsupportedDelta` for what cannot be scaled exactly: prompts and prefixes, which act through
+    attention's normalisation.
+    """
+    if weight == 1.0:
+        return patch
+    match patch:
+        case LowRank(up=up) | EmbeddingLowRank(up=up):
+            return replace(patch, up=up * weight)
+        case Shift(beta=beta):
+            return replace(patch, beta=beta * weight)
+        case Gain(gain=gain) | InputGain(gain=gain):
+            return replace(patch, gain=1 + weight * (gain - 1))
+        case Rotation(blocks=blocks):
+            identity = torch.eye(blocks.shape[-1])
+            return replace(patch, blocks=identity + weight * (blocks - identity))
+        case Mix(own=own, other=other):
+            return replace(patch, own=1 + weight * (own - 1), other=other * weight)
+        case DenseDiff(matrix=matrix):
+            return replace(patch, matrix=matrix * weight)
+        case SparseDiff(values=values):
+            return replace(patch, values=values * weight)
+        case Kronecker(left=left):
+            return replace(patch, left=left * weight)
+        case Bottleneck(up=up, up_bias=up_bias):
+            return replace(patch, up=up * weight, up_bias=up_bias * weight)
+        case Override() | EmbeddingRows() | OutputRows():
+            return _towards(patch, weight, weights)
+        case SoftPrompt() | KVPrefix():
+            raise UnsupportedDelta(
+                "a prompt or a prefix has no exact multiple: it acts through attention; give it weight 1",
+                field="model",
+            )
+
+
+def _towards(
+    patch: Override | EmbeddingRows | OutputRows, weight: float, weights: SiteWeights
+) -> Override | EmbeddingRows | OutputRows:
+    """Absolute values, ``weight`` of the way from the backbone's own."""
+    site = weights.spec.sites[patch.site]
+    own = weights.weight(site)
+    if isinstance(patch, EmbeddingRows | OutputRows):
+        start = own[patch.indices]
+        return replace(patch, rows=start + weight * (patch.rows - start))
+    bias, own_bias = patch.bias, weights.bias(site)
+    if bias is not None or own_bias is not None:
+        a = torch.zeros(site.out_features) if own_bias is None else own_bias
+        b = torch.zeros(site.out_features) if bias is None else bias
+        bias = a + weight * (b - a)
+    return replace(patch, weight=own + weight * (patch.weight - own), bias=bias)
+
+
+def combine(parts: Iterable[Sequence[Patch]]) -> list[Patch]:
+    """One list of patches that does what all the lists do together, at most one of each additive kind per site.
+
+    Raises :class:`UnsupportedDelta`, ``field`` naming the site, for patches that have no agreed meaning together.
+    """
+    joined: dict[tuple[type, str], list[Patch]] = {}
+    prompts: list[SoftPrompt] = []
+    for part in parts:
+        for patch in part:
+            if isinstance(patch, SoftPrompt):
+                prompts.append(patch)
+                continue
+            have = joined.setdefault((type(patch), patch.site), [])
+            have[:] = [*have[:-1], *_join(have[-1], patch)] if have else [patch]
+    result: list[Patch] = [patch for have in joined.values() for patch in have]
+    _check_positions(prompts, [p for p in result if isinstance(p, KVPrefix)])
+    _check_exclusive(result)
+    return [*prompts, *result]
+
+
+def _join(first: Patch, second: Patch) -> list[Patch]:
+    match first, second:
+        case LowRank(), LowRank():
+            down, up = torch.cat([first.down, second.down]), torch.cat([first.up, second.up])
+            return [replace(first, down=down, up=up)]
+        case Shift(), Shift():
+            return [replace(first, beta=first.beta + second.beta)]
+        case DenseDiff(), DenseDiff():
+            return [replace(first, matrix=first.matrix + second.matrix)]
+        case SparseDiff(), SparseDiff():
+            return [
+                replace(
+                    first,
+                    rows=torch.cat([first.rows, second.rows]),
+                    columns=torch.cat([first.columns, second.columns]),
+                    values=torch.cat([first.values, second.values]),
+                )
+            ]
+        case EmbeddingLowRank(), EmbeddingLowRank():
+            table = torch.cat([first.table, second.table], dim=1)
+            return [replace(first, table=table, up=torch.cat([first.up, second.up]))]
+        case Kronecker(), Kronecker():
+            return [first, second]
+        case Bottleneck(), Bottleneck():
+            return [first, second]
+        case EmbeddingRows(), EmbeddingRows():
+            return [_join_rows(first, second)]
+        case OutputRows(), OutputRows():
+            return [_join_rows(first, second)]
+        case InputGain(), InputGain():
+            return [replace(first, gain=first.gain * second.gain)]
+        case Gain(), Gain() if first.multiplies and second.multiplies:
+            return [replace(first, gain=first.gain * second.gain)]
+        case Gain(), Gain() if not first.multiplies and not second.multiplies:
+            return [replace(first, gain=first.gain + second.gain - 1)]
+        case KVPrefix(), KVPrefix() if not (first.shifts_positions and second.shifts_positions):
+            shifts = first.shifts_positions or second.shifts_positions
+            if shifts:
+                return [first, second]
+            keys, values = torch.cat([first.keys, second.keys]), torch.cat([first.values, second.values])
+            return [replace(first, keys=keys, values=values)]
+        case _:
+            site = getattr(first, "site", "")
+            raise UnsupportedDelta(
+                f"two {type(first).__name__} changes at {site} have no agreed meaning together", field=site
+            )
+
+
+_Rows = TypeVar("_Rows", EmbeddingRows, OutputRows)
+
+
+def _join_rows(first: _Rows, second: _Rows) -> _Rows:
+    shared = set(first.indices.tolist()) & set(second.indices.tolist())
+    if shared:
+        raise UnsupportedDelta(
+            f"both replace the embedding of token {min(shared)} at {first.site}", field=first.site
+        )
+    indices = torch.cat([first.indices, second.indices])
+    return replace(first, indices=indices, rows=torch.cat([first.rows, second.rows]))
+
+
+def _check_positions(prompts: Sequence[SoftPrompt], prefixes: Sequence[KVPrefix]) -> None:
+    """A row's own tokens can start at one position only."""
+    shifting = Counter(prefix.site for prefix in prefixes if prefix.shifts_positions)
+    if len(prompts) + max(shifting.values(), default=0) > 1:
+        raise UnsupportedDelta(
+            "two prompts or prefixes both shift the positions of a row's own tokens; one may",
+            field="positions",
+        )
+
+
+def _check_exclusive(patches: Iterable[Patch]) -> None:
+    seen: dict[str, type] = {}
+    for patch in patches:
+        if isinstance(patch, _EXCLUSIVE):
+            if patch.site in seen:
+                names = f"{seen[patch.site].__name__} and {type(patch).__name__}"
+                raise UnsupportedDelta(
+                    f"{names} at {patch.site}: both transform the backbone's own output, in no agreed order",
+                    field=patch.site,
+                )
+            seen[patch.site] = type(patch)

@@ -1,0 +1,254 @@
+"""What the hooked modules do: the backbone's own computation, then the batch's steps at that site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltas.batch import Plan
+from deltas.groups import SiteGroup
+from deltas.ops import Ops
+from deltas.ops.native import Kernels
+from deltas.sites import Site
+
+_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+
+
+@dataclass(eq=False)
+class Hooks:
+    """What the hooked modules share: the plan of the batch being computed.
+
+    ``decoder_plan`` is for the tokens of an encoder-decoder's decoder; ``plan`` then is for the encoder's.
+    """
+
+    ops: Ops
+    plan: Plan | None = None
+    decoder_plan: Plan | None = None
+
+    @property
+    def kernels(self) -> Kernels | None:
+        return self.ops.kernels
+
+    def active(self, group: SiteGroup) -> Plan | None:
+        """The plan that has something to do at this group, if one has."""
+        plan = self.decoder_plan if group.decoder else self.plan
+        return plan if plan is not None and plan.active(group.index) else None
+
+
+@dataclass(eq=False)
+class Packed:
+    """The weights of a group's linears, side by side, in the layout that is fastest on this device."""
+
+    weight: Tensor
+    bias: Tensor | None
+    onednn: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.onednn:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return y
+        return F.linear(x, self.weight, self.bias)
+
+    @staticmethod
+    def of(linears: Sequence[nn.Module], *, prepack: bool) -> Packed:
+        """The linears' weights. Off the CPU the fused copy becomes the only one."""
+        weights = [weight_of(linear) for linear in linears]
+        biases = [bias_of(linear) for linear in linears]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = None
+        if any(b is not None for b in biases):
+            pairs = zip(biases, weights, strict=True)
+            bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for b, w in pairs])
+        on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+        if prepack and on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias, onednn=True)
+        if len(weights) > 1 and not on_cpu:
+            at = 0
+            for linear, own in zip(linears, weights, strict=True):
+                linear.weight.data = weight[at : at + own.shape[0]]
+                at += own.shape[0]
+        return Packed(weight, bias, onednn=False)
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """``[out, in]``, also of GPT-2's ``Conv1D``, which stores ``[in, out]``."""
+    weight: Tensor = linear.weight.detach()  # type: ignore[operator]
+    return weight.T if type(linear).__name__.endswith("Conv1D") else weight
+
+
+def bias_of(linear: nn.Module) -> Tensor | None:
+    bias = linear.bias
+    return None if bias is None else bias.detach()  # type: ignore[operator]
+
+
+class _Asked:
+    """What a step may ask of a module: by default nothing. See :class:`~deltas.batch.Hooked`."""
+
+    def linear(self, _out0: int, _out: int, _x: Tensor, /) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is not a linear")
+
+    def norm(self, _x: Tensor, _weight: Tensor, _bias: Tensor | None, /) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is not a norm")
+
+    def inner(self, _rows: slice, /) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is not a block")
+
+    def normed(self, _x: Tensor, /) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is not a block")
+
+
+@dataclass(eq=False)
+class BlockHook(_Asked):
+    """A sublayer's output, before the residual is added. ``after`` is the norm of post-norm backbones."""
+
+    hooks: Hooks
+    group: SiteGroup
+    site: Site
+    after: nn.Module | None
+    residual: Tensor | None = None
+    entered: Tensor | None = None
+
+    def start(self, path: str, x: Tensor) -> None:
+        """Remembers what a module of the sublayer was given, by the module's path."""
+        if path == self.site.residual:
+            self.residual = x
+        if path == self.site.inner:
+            self.entered = x
+
+    def apply(self, plan: Plan, rows: Tensor) -> None:
+        """Applies the batch's steps to the sublayer's output ``[tokens, hidden]``."""
+        if self.residual is None:
+            raise RuntimeError(
+                f"{self.site.name}: the residual is not known: {self.site.residual} did not run"
+            )
+        plan.apply(self.group.index, self.residual.reshape(-1, self.residual.shape[-1]), rows, self)
+
+    def inner(self, rows: slice, /) -> Tensor:
+        if self.entered is None:
+            raise RuntimeError(f"{self.site.name}: its input is not known: {self.site.inner} did not run")
+        return self.entered.reshape(-1, self.entered.shape[-1])[rows]
+
+    def normed(self, x: Tensor, /) -> Tensor:
+        if self.after is None:
+            return x
+        plain: Tensor = type(self.after).__mro__[2].forward(self.after, x)  # type: ignore[attr-defined]
+        return plain
+
+
+@dataclass(eq=False)
+class GroupHook(_Asked):
+    """One pass over a group: the base's linears at once, then every row's steps, then the block's.
+
+    The first member computes, the others fetch: Hugging Face's modules call them in turn with one input. ``starts``
+    are the blocks whose input or residual this group's input is.
+    """
+
+    hooks: Hooks
+    group: SiteGroup
+    members: list[nn.Module]
+    packed: Packed
+    block: BlockHook | None
+    starts: list[BlockHook]
+    last_input: Tensor | None = None
+    last_output: Tensor | None = None
+    pending: int = field(default=0)
+
+    def member(self, j: int, x: Tensor) -> Tensor:
+        """Member j's share of the group's output for ``x`` ``[..., in]``."""
+        site = self.group.sites[j]
+        if j == 0:
+            y = self._compute(x)
+            if len(self.group.sites) == 1:
+                return y
+            self.last_input, self.last_output, self.pending = x, y, len(self.group.sites) - 1
+        elif x is not self.last_input or self.last_output is None:
+            raise RuntimeError(f"{site.path} was called with another input than its group's first member")
+        else:
+            y = self.last_output
+            self.pending -= 1
+            if self.pending == 0:
+                self.last_input = self.last_output = None
+        return y[..., self.group.offsets[j] : self.group.offsets[j] + site.out_features]
+
+    def _compute(self, x: Tensor) -> Tensor:
+        for block in self.starts:
+            block.start(self.group.sites[0].path, x)
+        y = self.packed(x)
+        plan = self.hooks.active(self.group)
+        block_plan = None if self.block is None else self.hooks.active(self.block.group)
+        if plan is not None or block_plan is not None:
+            rows = y.view(-1, y.shape[-1])
+            if plan is not None:
+                plan.apply(self.group.index, x.reshape(-1, x.shape[-1]), rows, self)
+            if block_plan is not None and self.block is not None:
+                self.block.apply(block_plan, rows)
+        return y
+
+    def linear(self, out0: int, out: int, x: Tensor, /) -> Tensor:
+        j = max(j for j, offset in enumerate(self.group.offsets) if offset <= out0)
+        start = out0 - self.group.offsets[j]
+        bias = bias_of(self.members[j])
+        return F.linear(
+            x,
+            weight_of(self.members[j])[start : start + out],
+            None if bias is None else bias[start : start + out],
+        )
+
+
+@dataclass(eq=False)
+class NormHook(_Asked):
+    """A layer or RMS norm. ``block`` is the one whose residual its input is, if it is one's."""
+
+    hooks: Hooks
+    group: SiteGroup
+    module: nn.Module
+    block: BlockHook | None
+
+    def __post_init__(self) -> None:
+        eps = getattr(self.module, "variance_epsilon", None)
+        plain = type(self.module).__name__ in _RMS_NORMS
+        self._rms_eps = float(eps) if plain and eps is not None else None
+
+    def __call__(self, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """The norm of ``x`` ``[..., n]``; ``own`` is the module's own computation."""
+        if self.block is not None:
+            self.block.start(self.group.sites[0].path, x)
+        kernels = self.hooks.kernels
+        if kernels is not None and self._rms_eps is not None and not torch.is_grad_enabled():
+            y = torch.empty_like(x)
+            width, weight = x.shape[-1], self.module.weight
+            kernels.rms_norm(x.view(-1, width), weight, self._rms_eps, y.view(-1, width))  # type: ignore[arg-type]
+        else:
+            y = own(x)
+        plan = self.hooks.active(self.group)
+        if plan is not None:
+            plan.apply(self.group.index, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), self)
+        return y
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
+        if isinstance(self.module, nn.LayerNorm):
+            return F.layer_norm(x, self.module.normalized_shape, weight, bias, self.module.eps)
+        eps: float = self.module.variance_epsilon  # type: ignore[assignment]
+        wide = x.to(torch.float32)
+        normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return weight * normal
+
+
+@dataclass(eq=False)
+class EmbeddingHook(_Asked):
+    """An embedding: its input is token ids."""
+
+    hooks: Hooks
+    group: SiteGroup
+
+    def __call__(self, ids: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """The embeddings of ``ids`` ``[...]``; ``own`` is the module's own computation."""
+        y = own(ids)
+        plan = self.hooks.active(self.group)
+        if plan is not None:
+            plan.apply(self.group.index, ids.reshape(-1), y.view(-1, y.shape[-1]), self)
+        return y

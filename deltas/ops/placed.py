@@ -1,0 +1,84 @@
+"""Every step that is not a :class:`~deltas.bank.SitePatch`, by torch operations on one segment's tokens.
+
+Each computes in the arena's dtype, as the backbone's own layers do.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltas.bank import Placed
+from deltas.batch import Hooked
+from deltas.patches import (
+    DenseDiff,
+    EmbeddingLowRank,
+    EmbeddingRows,
+    Gain,
+    InputGain,
+    Kronecker,
+    Mix,
+    OutputRows,
+    Override,
+    Rotation,
+    Shift,
+    SparseDiff,
+)
+
+
+def apply(step: Placed, x: Tensor, y: Tensor, hooked: Hooked) -> None:
+    """Changes ``y`` ``[tokens, out]`` in place; ``x`` ``[tokens, in]``, or token ids ``[tokens]`` at an embedding."""
+    match step.patch:
+        case Gain(gain=gain):
+            y *= gain
+        case Shift(beta=beta):
+            y += beta
+        case InputGain(gain=gain):
+            y.copy_(hooked.linear(step.out0, step.out, x * gain))
+        case Rotation(blocks=blocks):
+            y.copy_(hooked.linear(step.out0, step.out, _rotated(x, blocks)))
+        case Mix(own=own, other=other, partner=partner):
+            y.copy_(own * y + other * y[:, partner])
+        case DenseDiff(matrix=matrix):
+            y += F.linear(x, matrix)
+        case SparseDiff(rows=rows, columns=columns, values=values):
+            y.index_add_(1, rows, x[:, columns] * values)
+        case Kronecker(left=left, right=right):
+            y += _kronecker(x, left, right)
+        case Override(weight=weight, bias=bias):
+            y.copy_(_overridden(x, weight, bias, hooked))
+        case EmbeddingRows(indices=indices, rows=rows):
+            same = x[:, None] == indices
+            y.copy_(torch.where(same.any(1, keepdim=True), rows[same.int().argmax(1)], y))
+        case EmbeddingLowRank(table=table, up=up):
+            y += table[x] @ up
+        case OutputRows(indices=indices, rows=rows):
+            y[:, indices] = _own_bias(hooked, step, x, indices) + F.linear(x, rows)
+        case other:
+            raise TypeError(f"no operation for {type(other).__name__}")
+
+
+def _rotated(x: Tensor, blocks: Tensor) -> Tensor:
+    count, size, _ = blocks.shape
+    return torch.einsum("tki,kij->tkj", x.reshape(-1, count, size), blocks).reshape(x.shape)
+
+
+def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``(left kron right) x``: right on the inner index, left on the outer one."""
+    inner = torch.matmul(x.reshape(-1, left.shape[1], right.shape[1]), right.T)  # [t, b, c]
+    return torch.matmul(left, inner).reshape(x.shape[0], -1)
+
+
+def _overridden(x: Tensor, weight: Tensor, bias: Tensor | None, hooked: Hooked) -> Tensor:
+    if not x.is_floating_point():
+        return F.embedding(x, weight)
+    if weight.dim() == 1:
+        return hooked.norm(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _own_bias(hooked: Hooked, step: Placed, x: Tensor, indices: Tensor) -> Tensor:
+    """What the backbone adds to these outputs whatever the input: its bias."""
+    nothing = hooked.linear(step.out0, step.out, torch.zeros_like(x[:1]))
+    return nothing[:, indices]

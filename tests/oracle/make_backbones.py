@@ -1,0 +1,91 @@
+"""Makes the tiny random backbones that every oracle shares: ``fixtures/backbones/<family>/``.
+
+The same weights are loaded by PEFT beside our transformers, by AdapterHub's library and by OpenDelta in virtualenvs of
+their own, so that one table of results covers all three. Run it only to change them, then make every fixture again:
+
+    python -m tests.oracle.make_backbones
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+FOLDER = Path(__file__).parent / "fixtures" / "backbones"
+VOCAB, HIDDEN, INNER, LAYERS, HEADS, POSITIONS = 61, 32, 48, 2, 4, 48
+
+_ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.3,
+}
+
+
+def _models() -> Mapping[str, PreTrainedModel]:
+    t5 = {
+        "vocab_size": VOCAB,
+        "d_model": HIDDEN,
+        "d_kv": 8,
+        "d_ff": INNER,
+        "num_layers": LAYERS,
+        "num_decoder_layers": LAYERS,
+        "num_heads": HEADS,
+        "decoder_start_token_id": 0,
+    }
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**_ENCODER, num_key_value_heads=2, tie_word_embeddings=True)),
+        "gpt2": GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCAB,
+                n_embd=HIDDEN,
+                n_inner=INNER,
+                n_layer=LAYERS,
+                n_head=HEADS,
+                n_positions=POSITIONS,
+                initializer_range=0.3,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        ),
+        "bert": BertForMaskedLM(BertConfig(**_ENCODER)),
+        "roberta": RobertaForMaskedLM(RobertaConfig(**_ENCODER, type_vocab_size=1, pad_token_id=1)),
+        "t5": T5ForConditionalGeneration(T5Config(**t5)),
+        "t5_gated": T5ForConditionalGeneration(
+            T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        ),
+    }
+
+
+def main() -> None:
+    torch.manual_seed(11)
+    for name, model in _models().items():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # norms and biases: not the ones and zeros that would hide a mistake
+                offset = 1.0 if "norm" in parameter_name.lower() or ".ln_" in parameter_name else 0.0
+                parameter.data.normal_(0, 0.2)
+                if parameter_name.endswith("weight"):
+                    parameter.data.add_(offset)
+        model.save_pretrained(FOLDER / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The cases of ``make_opendelta_table.py``: one delta model each, the families that OpenDelta can make it for, and
+why it cannot make it for the others. Plain data: read in OpenDelta's virtualenv only; tests read ``index.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "t5", "t5_gated")
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Why there is no such file. ``arguments`` show it: the library must fail on them, or train nothing.
+
+    Without arguments (``None``) there is nothing to try.
+    """
+
+    reason: str
+    arguments: Arguments | None = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One delta model: ``delta`` is OpenDelta's ``delta_type``.
+
+    ``by_family`` is laid over ``arguments``, a ``Lack`` instead of arguments where the library cannot. ``warm`` runs
+    the model once before freezing, and loads by ``load_checkpoint`` after another such run: some parameters exist
+    only from the first forward pass on.
+    """
+
+    name: str
+    delta: str
+    arguments: Arguments = field(default_factory=dict)
+    by_family: Mapping[str, Arguments | Lack] = field(default_factory=dict)
+    warm: bool = False
+
+
+NO_TABLE = Lack("OpenDelta has no table of common names for Llama: modified_modules must be given")
+FUSED = "GPT-2's linears are Conv1D, which has no in_features: OpenDelta puts LoRA on torch.nn.Linear only"
+NO_BIAS = "linears of this family have no bias, and OpenDelta fails to add one: it fills the bias before it exists"
+AS_T5 = Lack("the same modules as in a T5 that is not gated", None)
+
+CASES = (
+    Case(
+        "lora",
+        "lora",
+        by_family={
+            "llama": NO_TABLE,
+            "gpt2": Lack("attn@.q@ and attn@.v@ match nothing in GPT-2, whose q, k and v are one module"),
+            "t5_gated": AS_T5,
+        },
+    ),
+    Case(
+        "lora_named",
+        "lora",
+        {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.1},
+        {
+            "llama": {"modified_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
+            "gpt2": Lack(FUSED, {"modified_modules": ["c_attn", "c_fc"]}),
+            "bert": {"modified_modules": ["self.key", "output.dense", "intermediate.dense"]},
+            "roberta": {"modified_modules": [r"[r]1\.attention\.self\.(key|value)", "intermediate.dense"]},
+            "t5": {"modified_modules": ["EncDecAttention.q", "EncDecAttention.v", "SelfAttention.o", "wi"]},
+            "t5_gated": {"modified_modules": ["EncDecAttention.k", "wi_0", "wi_1", "wo"]},
+        },
+    ),
+    Case(
+        "adapter",
+        "adapter",
+        {"bottleneck_dim": 6},
+        {"llama": {"modified_modules": ["o_proj", "down_proj"]}, "t5_gated": AS_T5},
+    ),
+    # The output of whole modules, not of a linear: after the norm in BERT, after the residual in T5.
+    Case(
+        "adapter_modules",
+        "adapter",
+        {"bottleneck_dim": 5, "non_linearity": "relu"},
+        {
+            "llama": {"modified_modules": ["self_attn", "mlp"]},
+            "gpt2": {"modified_modules": ["attn", "mlp"]},
+            "bert": {"modified_modules": ["attention.output", "1.output"]},
+            "roberta": {"modified_modules": ["attention", "layer.0"]},
+            "t5": {"modified_modules": ["layer.0", "DenseReluDense"]},
+            "t5_gated": {"modified_modules": ["0.layer.1", "block.1"]},
+        },
+    ),
+    Case(
+        "parallel_adapter",
+        "parallel_adapter",
+        {"bottleneck_dim": 6},
+        {
+            "llama": {"modified_modules": ["mlp", "mlp"]},
+            "t5_gated": Lack(
+                "ff@.w1@ is not in the table of a gated T5, so that readers and writers pair up wrongly"
+            ),
+        },
+    ),
+    Case(
+        "parallel_adapter_named",
+        "parallel_adapter",
+        {"bottleneck_dim": 5, "non_linearity": "gelu_orig"},
+        {
+            "llama": {"modified_modules": ["gate_proj", "down_proj"]},
+            "gpt2": {"modified_modules": ["mlp", "mlp"]},
+            "bert": {"modified_modules": ["attention.self", "attention.output.dense"]},
+            "roberta": {"modified_modules": ["intermediate", r"[r]layer\.\d+\.output"]},
+            "t5": {"modified_modules": ["DenseReluDense", "DenseReluDense"]},
+            "t5_gated": {"modified_modules": ["SelfAttention", "SelfAttention"]},
+        },
+    ),
+    Case(
+        "compacter",
+        "compacter",
+        {"reduction_factor": 8},
+        {
+            "llama": {"modified_modules": ["o_proj", "down_proj"]},
+            "roberta": {"modified_modules": ["0.output.dense"]},
+            "t5": {"modified_modules": ["EncDecAttention.o", "1.layer.1.DenseReluDense.wo"]},
+            "t5_gated": AS_T5,
+        },
+    ),
+    Case(
+        "compacter_factored_rule",
+        "compacter",
+        {
+            "reduction_factor": 4,
+            "hypercomplex_division": 2,
+            "factorized_phm_rule": True,
+            "phm_rank": 2,
+            "kronecker_prod": True,
+            "use_bias_up_sampler": False,
+            "non_linearity": "swish",
+        },
+        {
+            "llama": {"modified_modules": ["down_proj"]},
+            "roberta": {"modified_modules": ["1.output.dense"]},
+            "t5": {"modified_modules": ["wo"]},
+            "t5_gated": AS_T5,
+        },
+    ),
+    Case(
+        "compacter_dense",
+        "compacter",
+        {
+            "reduction_factor": 4,
+            "hypercomplex_division": 2,
+            "factorized_phm": False,
+            "use_bias_down_sampler": False,
+            "non_linearity": "tanh",
+        },
+        {
+            "llama": {"modified_modules": ["o_proj"]},
+            "roberta": {"modified_modules": ["1.attention.output.dense"]},
+            "t5": {"modified_modules": ["EncDecAttention.o"]},
+            "t5_gated": AS_T5,
+        },
+    ),
+    Case(
+        "low_rank_adapter",
+        "low_rank_adapter",
+        {"reduction_factor": 8},
+        {
+            "llama": {"modified_modules": ["o_proj", "down_proj"]},
+            "roberta": {"modified_modules": ["0.output.dense"]},
+            "t5": {"modified_modules": ["EncDecAttention.o", "1.layer.1.DenseReluDense.wo"]},
+            "t5_gated": AS_T5,
+        },
+    ),
+    Case(
+        "bitfit",
+        "bitfit",
+        by_family={
+            "llama": Lack(NO_BIAS, {"modified_modules": ["q_proj"]}),
+            "t5": Lack(NO_BIAS),
+            "t5_gated": Lack(NO_BIAS),
+        },
+    ),
+    Case(
+        "bitfit_named",
+        "bitfit",
+        by_family={
+            "llama": Lack(NO_BIAS, {"modified_modules": ["mlp"]}),
+            "gpt2": {"modified_modules": ["attn", "1.mlp"]},
+            "bert": {"modified_modules": ["query", "cls"]},
+            "roberta": {"modified_modules": ["value", "lm_head"], "exclude_modules": ["roberta.embeddings"]},
+            "t5": Lack(NO_BIAS, {"modified_modules": ["wo"]}),
+            "t5_gated": Lack(NO_BIAS, {"modified_modules": ["wo"]}),
+        },
+    ),
+    # A bias of OpenDelta's own behind a module that is neither linear nor layer norm.
+    Case(
+        "bitfit_added",
+        "bitfit",
+        {"unfrozen_modules": ["deltas", "bitfit"]},
+        {
+            "llama": {"modified_modules": ["input_layernorm", "norm"]},
+            "gpt2": {"modified_modules": ["c_attn", "1.mlp.c_fc"]},  # Conv1D
+            "bert": Lack("every linear and norm of this family has a bias", None),
+            "roberta": Lack("every linear and norm of this family has a bias", None),
+            "t5": {"modified_modules": ["layer_norm"]},
+            "t5_gated": {"modified_modules": ["final_layer_norm", "1.layer_norm"]},
+        },
+        warm=True,
+    ),
+    Case("soft_prompt", "soft_prompt", {"soft_token_num": 3, "token_init": False}),
+    Case(
+        "prefix",
+        "prefix",
+        {"prefix_token_num": 3, "reparameterize": False},
+        {
+            "llama": Lack(
+                "OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["self_attn"]}
+            ),
+            "t5_gated": AS_T5,
+        },
+    ),
+    Case(
+        "prefix_reparameterized",
+        "prefix",
+        {"prefix_token_num": 4, "reparameterize": True, "embed_dim": 6, "mid_dim": 7},
+        {
+            "llama": Lack(
+                "OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["self_attn"]}
+            ),
+            "t5_gated": AS_T5,
+        },
+    ),
+    # Not in the first layer: tells what becomes of T5's position biases before and behind it.
+    Case(
+        "prefix_last_layer",
+        "prefix",
+        {"prefix_token_num": 2, "reparameterize": False},
+        {
+            "llama": Lack(
+                "OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["1.self_attn"]}
+            ),
+            "gpt2": {"modified_modules": ["1.attn"]},
+            "bert": {"modified_modules": ["1.attention"]},
+            "roberta": {"modified_modules": ["1.attention"]},
+            "t5": {"modified_modules": ["decoder.block.1.layer.0"]},
+            "t5_gated": {"modified_modules": ["encoder.block.1.layer.0.SelfAttention"]},
+        },
+    ),
+    # Parameters of the backbone itself, saved whole beside the delta's.
+    Case(
+        "adapter_and_norms",
+        "adapter",
+        {"bottleneck_dim": 4},
+        {
+            "llama": {
+                "modified_modules": ["down_proj"],
+                "unfrozen_modules": ["deltas", "input_layernorm", "norm"],
+            },
+            "gpt2": {"unfrozen_modules": ["deltas", "layer_norm@"]},
+            "bert": {"modified_modules": ["1.output.dense"], "unfrozen_modules": ["deltas", "LayerNorm"]},
+            "roberta": {"modified_modules": ["0.output.dense"], "unfrozen_modules": ["deltas", "LayerNorm"]},
+            "t5": {"modified_modules": ["1.layer.0.SelfAttention.o"], "unfrozen_modules": ["deltas", "layer_norm"]},
+            "t5_gated": AS_T5,
+        },
+    ),
+    Case(
+        "adapter_and_weights",
+        "adapter",
+        {"bottleneck_dim": 4, "non_linearity": "leakyrelu"},
+        {
+            "llama": {"modified_modules": ["o_proj"], "unfrozen_modules": ["deltas", "1.mlp.up_proj"]},
+            "gpt2": {"unfrozen_modules": ["deltas", "embeddings@"]},
+            "bert": {"unfrozen_modules": ["deltas", "cls", "1.attn@.v@"]},
+            "roberta": {"unfrozen_modules": ["deltas", "lm_head"], "exclude_modules": ["roberta.embeddings"]},
+            "t5": {
+                "modified_modules": ["EncDecAttention.o"],
+                "unfrozen_modules": ["deltas", "1.layer.1.EncDecAttention.k"],
+            },
+            "t5_gated": {
+                "modified_modules": ["1.layer.1.DenseReluDense.wo"],
+                "unfrozen_modules": ["deltas", "shared", "embed_tokens"],
+            },
+        },
+    ),
+    Case(
+        "lora_and_biases",
+        "lora",
+        {"lora_r": 2},
+        {
+            "llama": {"modified_modules": ["k_proj"], "unfrozen_modules": ["deltas", "post_attention_layernorm"]},
+            "gpt2": Lack(FUSED, {"modified_modules": ["c_proj"], "unfrozen_modules": ["deltas", "bias"]}),
+            "bert": {"unfrozen_modules": ["deltas", "bias"]},
+            "roberta": {"unfrozen_modules": ["deltas", "bias"]},
+            "t5": {"unfrozen_modules": ["deltas", "final_layer_norm", "layer_norm@"]},
+            "t5_gated": {"unfrozen_modules": ["deltas", "relative_attention_bias"]},
+        },
+    ),
+)  # fmt: skip

@@ -1,0 +1,137 @@
+"""What each family's table says: names in order, sizes, and the configurations that are refused."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import BertConfig, GPT2Config, PretrainedConfig, RobertaConfig, T5Config
+
+from deltas.backbones import describe
+from deltas.errors import UnsupportedBackbone
+from deltas.sites import BackboneSpec, SiteKind
+
+
+def leaves(spec: BackboneSpec, stem: str) -> list[str]:
+    """The names below ``stem``, in the table's order."""
+    return [name.removeprefix(f"{stem}.") for name in spec.sites if name.startswith(f"{stem}.")]
+
+
+def gpt2(**options: object) -> BackboneSpec:
+    return describe(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=48, **options), "r1"
+    )
+
+
+def test_gpt2() -> None:
+    spec = gpt2(n_inner=48)
+    assert (spec.family, spec.kind, spec.base_prefix) == ("gpt2", "decoder", "transformer")
+    assert (spec.conv1d, spec.pre_norm, spec.max_positions) == (True, True, 48)
+    assert (spec.hidden, spec.layers, spec.heads, spec.kv_heads, spec.head_dim) == (32, 2, 4, 4, 8)
+    attention = ["norm", "qkv", "q", "k", "v", "kv", "o", "out"]
+    layer = [f"attn.{leaf}" for leaf in attention] + [f"mlp.{leaf}" for leaf in ("norm", "up", "down", "out")]
+    every = [f"layers.{i}.{leaf}" for i in range(2) for leaf in layer]
+    assert list(spec.sites) == ["embed", "embed.positions", *every, "norm", "head"]
+    assert spec.sites["layers.1.mlp.up"].out_features == 48
+
+
+def test_gpt2_inner_width_is_four_times_hidden_unless_told() -> None:
+    assert gpt2().sites["layers.0.mlp.up"].out_features == 128
+
+
+def test_gpt2_fused_linear_and_its_parts() -> None:
+    spec = gpt2()
+    whole = spec.sites["layers.1.attn.qkv"]
+    parts = spec.parts_of(whole)
+    assert [(part.name[-1], part.offset, part.out_features) for part in parts] == [
+        ("q", 0, 32),
+        ("k", 32, 32),
+        ("v", 64, 32),
+    ]
+    assert all(part.part and part.path == whole.path and part.in_features == 32 for part in parts)
+    assert (whole.part, whole.offset, whole.out_features) == (False, 0, 96)
+    assert spec.by_path[whole.path] is whole
+    assert spec.parts_of(spec.sites["layers.1.attn.o"]) == []
+
+
+@pytest.mark.parametrize(("family", "config"), [("bert", BertConfig), ("roberta", RobertaConfig)])
+def test_post_norm_encoders(family: str, config: type[PretrainedConfig]) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    spec = describe(config(**sizes, vocab_size=61, max_position_embeddings=48, pad_token_id=1), "r1")
+    assert (spec.family, spec.kind, spec.base_prefix) == (family, "encoder", family)
+    assert (spec.conv1d, spec.pre_norm) == (False, False)
+    assert (spec.hidden, spec.layers, spec.heads, spec.kv_heads, spec.head_dim) == (32, 2, 4, 4, 8)
+    layer = [f"attn.{leaf}" for leaf in ("q", "k", "v", "kv", "o", "out", "norm")]
+    layer += [f"mlp.{leaf}" for leaf in ("up", "down", "out", "norm")]
+    every = [f"layers.{i}.{leaf}" for i in range(2) for leaf in layer]
+    embed = ["embed", "embed.types", "embed.positions", "embed.norm"]
+    assert list(spec.sites) == [*embed, *every, "head.dense", "head.norm", "head"]
+    block = spec.sites["layers.1.mlp.out"]
+    assert block.norm == f"{family}.encoder.layer.1.output.LayerNorm"
+    assert block.residual == block.inner == f"{family}.encoder.layer.1.intermediate.dense"
+
+
+def test_positions_of_roberta_begin_after_the_padding_token() -> None:
+    sizes = {"max_position_embeddings": 514, "pad_token_id": 1}
+    assert describe(RobertaConfig(**sizes), "r1").max_positions == 512
+    assert describe(BertConfig(**sizes), "r1").max_positions == 514
+    assert describe(RobertaConfig(**sizes), "r1").sites["embed.positions"].in_features == 514
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_t5(gated: bool) -> None:
+    spec = describe(
+        T5Config(
+            d_model=32,
+            d_kv=10,
+            d_ff=48,
+            num_layers=2,
+            num_decoder_layers=3,
+            num_heads=4,
+            vocab_size=61,
+            feed_forward_proj="gated-gelu" if gated else "relu",
+        ),
+        "r1",
+    )
+    assert (spec.family, spec.kind, spec.base_prefix) == ("t5", "encoder-decoder", "")
+    assert (spec.hidden, spec.layers, spec.kv_heads, spec.head_dim) == (32, 2, 4, 10)
+    attention = ["norm", "q", "k", "v", "kv", "o", "out"]
+    mlp = ["norm", *(["gate"] if gated else []), "up", "down", "out"]
+    for stack, layers in (("encoder", 2), ("decoder", 3)):
+        assert {name.split(".")[2] for name in spec.sites if name.startswith(f"{stack}.layers.")} == {
+            str(i) for i in range(layers)
+        }
+        for i in range(layers):
+            assert leaves(spec, f"{stack}.layers.{i}.attn") == attention
+            assert leaves(spec, f"{stack}.layers.{i}.cross") == (attention if stack == "decoder" else [])
+            assert leaves(spec, f"{stack}.layers.{i}.mlp") == mlp
+        assert spec.sites[f"{stack}.positions"].kind is SiteKind.EMBEDDING
+    kv = [site.name for site in spec.of_kind(SiteKind.KV)]
+    decoder = [f"decoder.layers.{i}.{leaf}.kv" for i in range(3) for leaf in ("attn", "cross")]
+    assert kv == ["encoder.layers.0.attn.kv", "encoder.layers.1.attn.kv", *decoder]
+
+
+def test_t5_has_as_many_positions_as_it_was_trained_with() -> None:
+    assert describe(T5Config(), "r1").max_positions == 512
+    assert describe(T5Config(n_positions=1024), "r1").max_positions == 1024
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(add_cross_attention=True),
+        BertConfig(is_decoder=True),
+        BertConfig(is_decoder=True, add_cross_attention=True),
+        BertConfig(position_embedding_type="relative_key"),
+        RobertaConfig(is_decoder=True),
+        RobertaConfig(position_embedding_type="relative_key_query"),
+    ],
+)
+def test_what_no_table_describes_is_refused(config: PretrainedConfig) -> None:
+    with pytest.raises(UnsupportedBackbone) as caught:
+        describe(config, "r1")
+    assert caught.value.field in ("add_cross_attention", "is_decoder", "position_embedding_type")
+
+
+def test_other_families_are_refused_with_the_list() -> None:
+    with pytest.raises(UnsupportedBackbone, match=r"'clvp'.*bert, gpt2, llama, roberta, t5") as caught:
+        describe(PretrainedConfig(model_type="clvp"), "r1")
+    assert caught.value.field == "model_type"
