@@ -61,9 +61,9 @@ class Timed:
         self._plan = plan
         self.active = plan.active
 
-    def apply(self, group: int, x: Any, y: Any) -> None:
+    def apply(self, group: int, x: Any, y: Any, hooked: Any) -> None:
         began = time.perf_counter()
-        self._plan.apply(group, x, y)
+        self._plan.apply(group, x, y, hooked)
         Timed.spent += time.perf_counter() - began
 
 

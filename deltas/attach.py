@@ -78,11 +78,12 @@ def attach(model: nn.Module, spec: BackboneSpec, ops: Ops, *, prepack: bool = Tr
     blocks = {g.sites[0].path: _block(hooks, g, modules) for g in groups if g.kind is SiteKind.BLOCK}
     residuals = {hook.site.residual: hook for hook in blocks.values()}
     inners = {hook.site.inner: hook for hook in blocks.values()}
+    norms = {hook.site.norm: hook for hook in blocks.values() if hook.site.norm}
     for group in groups:
         first = group.sites[0]
         if group.kind is SiteKind.NORM:
             norm = modules[first.path]
-            hook = NormHook(hooks, group, norm, residuals.get(first.path))
+            hook = NormHook(hooks, group, norm, residuals.get(first.path), norms.get(first.path))
             _become(norm, _DeltaNorm, hook)
         elif group.kind is SiteKind.EMBEDDING:
             _become(modules[first.path], _DeltaEmbedding, EmbeddingHook(hooks, group))

@@ -36,7 +36,7 @@ class Hooked(Protocol):
         ...
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
-        """The hooked norm of ``x`` ``[n, width]`` with other parameters."""
+        """The hooked norm of ``x`` ``[n, width]`` with other parameters, ``[width]`` or one line a token."""
         ...
 
     def inner(self, rows: slice, /) -> Tensor:
@@ -63,11 +63,19 @@ class Plan(Protocol):
 
 
 def merge(segments: Sequence[Segment]) -> list[Segment]:
-    """Joins neighbours that use the same delta, and drops empty segments and those of the backbone alone."""
+    """Joins neighbours that use the same delta, and drops empty segments and those of the backbone alone.
+
+    Rows whose delta has a gate stay apart: it averages over a row's own tokens.
+    """
     joined: list[Segment] = []
     for segment in segments:
         last = joined[-1] if joined else None
-        if last is not None and last.delta is segment.delta and last.row0 + last.rows == segment.row0:
+        if (
+            last is not None
+            and last.delta is segment.delta
+            and last.row0 + last.rows == segment.row0
+            and (segment.delta is None or not segment.delta.gated)
+        ):
             joined[-1] = Segment(last.row0, last.rows + segment.rows, last.delta)
         elif segment.rows:
             joined.append(segment)

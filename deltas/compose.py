@@ -16,10 +16,15 @@ import torch
 from deltas.errors import UnsupportedDelta
 from deltas.patches import (
     Bottleneck,
+    Coupling,
     DenseDiff,
     EmbeddingLowRank,
     EmbeddingRows,
+    Fusion,
     Gain,
+    GatedGain,
+    GatedLowRank,
+    Head,
     InputGain,
     Kronecker,
     KVPrefix,
@@ -36,7 +41,9 @@ from deltas.patches import (
 from deltas.weights import SiteWeights
 
 # What replaces or transforms the backbone's own output, hence stands alone among these at a site.
-_EXCLUSIVE = (Override, InputGain, Rotation, Mix, Gain)
+_EXCLUSIVE = (Override, InputGain, Rotation, Mix, Gain, GatedGain, Coupling)
+# What applies in order at a block, each reading what the one before it left.
+_CHAINED = (Bottleneck, Fusion)
 
 
 def weighted(patch: Patch, weight: float, weights: SiteWeights) -> Patch:
@@ -48,7 +55,7 @@ def weighted(patch: Patch, weight: float, weights: SiteWeights) -> Patch:
     if weight == 1.0:
         return patch
     match patch:
-        case LowRank(up=up) | EmbeddingLowRank(up=up):
+        case LowRank(up=up) | EmbeddingLowRank(up=up) | GatedLowRank(up=up):
             return replace(patch, up=up * weight)
         case Shift(beta=beta):
             return replace(patch, beta=beta * weight)
@@ -65,10 +72,16 @@ def weighted(patch: Patch, weight: float, weights: SiteWeights) -> Patch:
             return replace(patch, values=values * weight)
         case Kronecker(left=left):
             return replace(patch, left=left * weight)
-        case Bottleneck(up=up, up_bias=up_bias):
+        case GatedGain(gain=gain, rest=rest):
+            return replace(patch, gain=gain * weight, rest=1 + weight * (rest - 1))
+        case Bottleneck(up=up, up_bias=up_bias) if patch.plain:
             return replace(patch, up=up * weight, up_bias=up_bias * weight)
+        case Bottleneck(share=share) | Fusion(share=share) | Coupling(share=share):
+            return replace(patch, share=share * weight)
         case Override() | EmbeddingRows() | OutputRows():
             return _towards(patch, weight, weights)
+        case Head():
+            raise UnsupportedDelta("a task head has no multiple; give it weight 1", field="model")
         case SoftPrompt() | KVPrefix():
             raise UnsupportedDelta(
                 "a prompt or a prefix has no exact multiple: it acts through attention; give it weight 1",
@@ -93,6 +106,18 @@ def _towards(
     return replace(patch, weight=own + weight * (patch.weight - own), bias=bias)
 
 
+def scaled(patches: Sequence[Patch], weight: float, weights: SiteWeights) -> list[Patch]:
+    """All patches of one component by :func:`weighted`; refuses two transformations one after the other."""
+    if weight != 1.0:
+        where = Counter(patch.site for patch in patches if isinstance(patch, _EXCLUSIVE))
+        for site, count in where.items():
+            if count > 1:
+                raise UnsupportedDelta(
+                    f"{site}: a rotation with a gain has no exact multiple; give it weight 1", field=site
+                )
+    return [weighted(patch, weight, weights) for patch in patches]
+
+
 def combine(parts: Iterable[Sequence[Patch]]) -> list[Patch]:
     """One list of patches that does what all the lists do together, at most one of each additive kind per site.
 
@@ -100,17 +125,25 @@ def combine(parts: Iterable[Sequence[Patch]]) -> list[Patch]:
     """
     joined: dict[tuple[type, str], list[Patch]] = {}
     prompts: list[SoftPrompt] = []
+    heads: list[Head] = []
+    parts = list(parts)
     for part in parts:
         for patch in part:
             if isinstance(patch, SoftPrompt):
                 prompts.append(patch)
                 continue
-            have = joined.setdefault((type(patch), patch.site), [])
+            if isinstance(patch, Head):
+                heads.append(patch)
+                continue
+            kind = Bottleneck if isinstance(patch, _CHAINED) else type(patch)
+            have = joined.setdefault((kind, patch.site), [])
             have[:] = [*have[:-1], *_join(have[-1], patch)] if have else [patch]
     result: list[Patch] = [patch for have in joined.values() for patch in have]
     _check_positions(prompts, [p for p in result if isinstance(p, KVPrefix)])
-    _check_exclusive(result)
-    return [*prompts, *result]
+    _check_exclusive(parts)
+    if len(heads) > 1:
+        raise UnsupportedDelta("two task heads: a row has one answer", field="head")
+    return [*prompts, *result, *heads]
 
 
 def _join(first: Patch, second: Patch) -> list[Patch]:
@@ -136,7 +169,9 @@ def _join(first: Patch, second: Patch) -> list[Patch]:
             return [replace(first, table=table, up=torch.cat([first.up, second.up]))]
         case Kronecker(), Kronecker():
             return [first, second]
-        case Bottleneck(), Bottleneck():
+        case Bottleneck() | Fusion(), Bottleneck() | Fusion():
+            return [first, second]
+        case GatedLowRank(), GatedLowRank():
             return [first, second]
         case EmbeddingRows(), EmbeddingRows():
             return [_join_rows(first, second)]
@@ -148,6 +183,17 @@ def _join(first: Patch, second: Patch) -> list[Patch]:
             return [replace(first, gain=first.gain * second.gain)]
         case Gain(), Gain() if not first.multiplies and not second.multiplies:
             return [replace(first, gain=first.gain + second.gain - 1)]
+        case KVPrefix(), KVPrefix() if first.gate is not None or second.gate is not None:
+            raise UnsupportedDelta(
+                f"two prefixes at {first.site}, and one of them has a gate, are not served", field=first.site
+            )
+        case KVPrefix(), KVPrefix() if (first.shifts_keys, first.unbiased) != (
+            second.shifts_keys,
+            second.unbiased,
+        ):
+            raise UnsupportedDelta(
+                f"two prefixes at {first.site} that place the row's own tokens differently", field=first.site
+            )
         case KVPrefix(), KVPrefix() if not (first.shifts_positions and second.shifts_positions):
             shifts = first.shifts_positions or second.shifts_positions
             if shifts:
@@ -184,14 +230,18 @@ def _check_positions(prompts: Sequence[SoftPrompt], prefixes: Sequence[KVPrefix]
         )
 
 
-def _check_exclusive(patches: Iterable[Patch]) -> None:
-    seen: dict[str, type] = {}
-    for patch in patches:
-        if isinstance(patch, _EXCLUSIVE):
-            if patch.site in seen:
-                names = f"{seen[patch.site].__name__} and {type(patch).__name__}"
-                raise UnsupportedDelta(
-                    f"{names} at {patch.site}: both transform the backbone's own output, in no agreed order",
-                    field=patch.site,
-                )
-            seen[patch.site] = type(patch)
+def _check_exclusive(parts: Iterable[Sequence[Patch]]) -> None:
+    """One kind of transformation a site, but for a part's own: its input first, then a gain of the output (as BOFT has)."""
+    seen: dict[str, dict[type, set[int]]] = {}
+    for index, part in enumerate(parts):
+        for patch in part:
+            if isinstance(patch, _EXCLUSIVE):
+                seen.setdefault(patch.site, {}).setdefault(type(patch), set()).add(index)
+    for site, kinds in seen.items():
+        ordered = set(kinds) in ({Rotation, Gain}, {InputGain, Gain})
+        if len(kinds) > 1 and not (ordered and len(set().union(*kinds.values())) == 1):
+            names = " and ".join(kind.__name__ for kind in kinds)
+            raise UnsupportedDelta(
+                f"{names} at {site}: each transforms the backbone's own output, in no agreed order",
+                field=site,
+            )

@@ -201,12 +201,13 @@ class GroupHook(_Asked):
 
 @dataclass(eq=False)
 class NormHook(_Asked):
-    """A layer or RMS norm. ``block`` is the one whose residual its input is, if it is one's."""
+    """A layer or RMS norm. ``block`` is the one whose residual its input is, ``closes`` the one whose sum it norms."""
 
     hooks: Hooks
     group: SiteGroup
     module: nn.Module
     block: BlockHook | None
+    closes: BlockHook | None = None
 
     def __post_init__(self) -> None:
         eps = getattr(self.module, "variance_epsilon", None)
@@ -229,9 +230,18 @@ class NormHook(_Asked):
             plan.apply(self.group.index, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), self)
         return y
 
+    def inner(self, rows: slice, /) -> Tensor:
+        if self.closes is None:
+            raise RuntimeError(f"{self.group.sites[0].name} follows no block")
+        return self.closes.inner(rows)
+
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
         if isinstance(self.module, nn.LayerNorm):
-            return F.layer_norm(x, self.module.normalized_shape, weight, bias, self.module.eps)
+            if weight.dim() == 1:
+                return F.layer_norm(x, self.module.normalized_shape, weight, bias, self.module.eps)
+            plain = F.layer_norm(x.float(), self.module.normalized_shape, None, None, self.module.eps)
+            scaled = plain * weight.float()
+            return (scaled if bias is None else scaled + bias.float()).to(x.dtype)
         eps: float = self.module.variance_epsilon  # type: ignore[assignment]
         wide = x.to(torch.float32)
         normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -88,7 +88,8 @@ class InputGain:
 class Rotation:
     """``y = W T(x) + b`` with T block-diagonal, at a linear site: block k of x, a row, times ``blocks[k]``.
 
-    ``blocks`` is ``[count, size, size]`` with ``count * size = in``. Not necessarily orthogonal.
+    At an embedding it is ``y <- T(y)``. ``blocks`` is ``[count, size, size]`` with ``count * size`` the width of what is
+    turned. Not necessarily orthogonal.
     """
 
     site: str
@@ -110,7 +111,10 @@ class Mix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DenseDiff:
-    """``y += matrix x`` at a linear site; ``matrix`` is ``[out, in]``."""
+    """The weight is ``matrix`` more: ``y += matrix x`` at a linear site, where ``matrix`` is ``[out, in]``.
+
+    At an embedding it is ``[rows, width]``, at a norm ``[n]``: what the norm gives with that weight and no bias is added.
+    """
 
     site: str
     matrix: Tensor
@@ -120,7 +124,8 @@ class DenseDiff:
 class SparseDiff:
     """``y += S x`` at a linear site; S has ``values[k]`` at (``rows[k]``, ``columns[k]``), repeated places add.
 
-    ``rows`` (output) and ``columns`` (input) are int64 ``[count]``, ``values`` ``[count]``.
+    ``rows`` (output) and ``columns`` (input) are int64 ``[count]``, ``values`` ``[count]``. At an embedding a row is a
+    token's, and S is added to the table. (:mod:`deltas.sparse` has the form in which it is packed.)
     """
 
     site: str
@@ -181,11 +186,55 @@ class OutputRows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Affine:
+    """``weight``, ``bias`` of a linear ``[out, in]``, ``[out]`` or of a layer norm ``[n]``, ``[n]`` (epsilon 1e-5)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gate:
+    """How much of a change a row takes: the mean over its own tokens z of ``sigmoid(weight z + bias)``.
+
+    ``weight`` ``[n, in]``, ``bias`` ``[n]`` give n numbers per row. A row's tokens must all be there, so a gate has no
+    place where tokens come one after another.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GatedLowRank:
+    """A :class:`LowRank` that a row takes by its gate (of one number): ``y += gate(x) up^T (down x)``."""
+
+    site: str
+    down: Tensor
+    up: Tensor
+    gate: Gate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GatedGain:
+    """``y <- (rest + gate(x) gain) * y`` on the backbone's own output; ``gain`` is ``[out]``, the gate of one number."""
+
+    site: str
+    gain: Tensor
+    gate: Gate
+    rest: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Bottleneck:
-    """``h += up^T f(down z + down_bias) + up_bias`` at a block site, ``z`` by ``reads``.
+    """``h += up^T f(down z + down_bias) + up_bias`` at a block site, ``z`` by ``reads``; at a norm's output too.
 
     ``down`` ``[width, hidden]``, ``up`` ``[width, hidden]``, ``down_bias`` ``[width]``, ``up_bias`` ``[hidden]``.
     Several at one site apply in order: each reads the ``h`` that the one before it left.
+
+    With the options, u being what is added above: ``norm_before`` is applied to z for ``down``; ``gate`` (of one
+    number, reading z) multiplies u; the result is ``onto + norm_after(u)``, or ``norm_after(onto + u)`` where
+    ``norm_around``; ``share`` is how far towards it h goes.
     """
 
     site: str
@@ -195,6 +244,55 @@ class Bottleneck:
     up_bias: Tensor
     activation: Activation
     reads: BlockInput
+    norm_before: Affine | None = None
+    norm_after: Affine | None = None
+    norm_around: bool = False
+    gate: Gate | None = None
+    onto: BlockInput = BlockInput.OUTPUT
+    share: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether none of the options is used, so that the kernels can apply it."""
+        extras = (self.norm_before, self.norm_after, self.gate)
+        return all(extra is None for extra in extras) and self.onto is BlockInput.OUTPUT and self.share == 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fusion:
+    """AdapterFusion at a block site: each token mixes several bottlenecks by attention over their outputs.
+
+    With u_j what bottleneck j adds (their ``reads`` are one): keys are ``key u_j``, values ``value u_j``, the query
+    is ``query z`` with z by ``query_reads``, and h becomes ``onto + sum_j softmax_j(query . keys) values_j``. Where
+    ``around``, keys and values are made of ``onto + u_j`` and ``onto`` is not added again. ``share`` as above.
+    """
+
+    site: str
+    parts: tuple[Bottleneck, ...]
+    query: Affine | None
+    key: Affine | None
+    value: Affine | None
+    query_reads: BlockInput
+    onto: BlockInput
+    around: bool = False
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coupling:
+    """An invertible adapter on an embedding's (or its norm's) output, cut into halves a and b (NICE).
+
+    ``a += F(b)``, then ``b += G(a)``, where ``F(x) = up f(down x)`` with ``f_down``, ``f_up``, and G likewise. ``share``
+    as in :class:`Bottleneck`.
+    """
+
+    site: str
+    f_down: Affine
+    f_up: Affine
+    g_down: Affine
+    g_up: Affine
+    activation: Activation
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,13 +311,37 @@ class SoftPrompt:
 class KVPrefix:
     """Keys and values ``[n, kv_heads, head_dim]`` of one layer, put before a row's own.
 
-    ``shifts_positions``: whether the row's own tokens start at position n (else 0).
+    ``shifts_positions``: whether the row's own tokens start at position n (else 0). ``shifts_keys``: whether only the
+    keys' relative positions count the prefix, as AdapterHub's T5 does. ``gate``: one number for both, or one for the
+    keys and one for the values, by which a row takes them; it reads what the attention reads. ``unbiased``: the layer
+    has no relative position biases for the row, as in OpenDelta's T5.
     """
 
     site: str
     keys: Tensor
     values: Tensor
     shifts_positions: bool
+    shifts_keys: bool = False
+    gate: Gate | None = None
+    unbiased: bool = False
+
+
+class Pooling(StrEnum):
+    """Which tokens of a row a head reads."""
+
+    FIRST = "first"
+    LAST = "last"
+    MEAN = "mean"
+    NONE = "none"  # every token
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A task head on the last hidden states: layers of (``weight`` ``[out, in]``, ``bias`` or None, activation)."""
+
+    layers: tuple[tuple[Tensor, Tensor | None, Activation], ...]
+    pooling: Pooling
+    labels: tuple[str, ...] | None = None
 
 
 SitePatches = (
@@ -236,8 +358,12 @@ SitePatches = (
     | EmbeddingRows
     | EmbeddingLowRank
     | OutputRows
+    | GatedLowRank
+    | GatedGain
     | Bottleneck
+    | Fusion
+    | Coupling
 )
 """What changes one module's output, token by token."""
 
-Patch = SitePatches | SoftPrompt | KVPrefix
+Patch = SitePatches | SoftPrompt | KVPrefix | Head

@@ -45,13 +45,23 @@ class Site:
     norm: str = ""
     inner: str = ""
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``[out, in]`` of a linear whatever the module stores, ``[n]`` of a norm, ``[rows, width]`` of an embedding."""
+        if self.kind is SiteKind.NORM:
+            return (self.out_features,)
+        if self.kind is SiteKind.EMBEDDING:
+            return (self.in_features, self.out_features)
+        return (self.out_features, self.in_features)
+
 
 @dataclass(frozen=True)
 class BackboneSpec:
     """What the library knows of a backbone without its weights: sizes and sites.
 
     ``revision`` identifies the weights; it is part of every cache key. ``base_prefix`` is how module paths begin in
-    the model with a head (``model``, ``bert``; empty for T5); ``conv1d`` tells that linears store ``[in, out]``.
+    the model with a head (``model``, ``bert``; empty for T5); ``conv1d`` tells that linears store ``[in, out]``,
+    ``tied`` that the head's weight is the token embedding.
     """
 
     family: str
@@ -68,6 +78,7 @@ class BackboneSpec:
     kind: Literal["decoder", "encoder", "encoder-decoder"] = "decoder"
     base_prefix: str = "model"
     conv1d: bool = False
+    tied: bool = False
 
     @cached_property
     def by_path(self) -> Mapping[str, Site]:

@@ -70,10 +70,7 @@ class SiteWeights:
         """
         weight = self._find(f"{site.path}.weight")
         if weight is None:
-            raise UnsupportedDelta(
-                f"{site.name}: the delta depends on the backbone's weights, which are not at hand",
-                field=site.name,
-            )
+            raise self._missing(site)
         weight = weight.to(torch.float32)
         if site.kind is SiteKind.LINEAR:
             if self._transposed(site):
@@ -82,11 +79,19 @@ class SiteWeights:
         return weight.contiguous()
 
     def bias(self, site: Site) -> Tensor | None:
-        """``[out]`` of a linear or norm, None where it has no bias."""
-        bias = self._find(f"{site.path}.bias")
+        """``[out]`` of a linear or norm, None where it has no bias. Raises as :meth:`weight` does."""
+        bias = self._find(f"{site.path}.bias") if site.bias else None
         if bias is None:
+            if site.bias:
+                raise self._missing(site)
             return None
         return bias.to(torch.float32)[site.offset : site.offset + site.out_features].contiguous()
+
+    def _missing(self, site: Site) -> UnsupportedDelta:
+        return UnsupportedDelta(
+            f"{site.name}: the delta depends on the backbone's weights, which are not at hand",
+            field=site.name,
+        )
 
     def _transposed(self, site: Site) -> bool:
         return self.spec.conv1d and site.name != "head"

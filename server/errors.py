@@ -4,12 +4,14 @@
       InvalidRequest                400  invalid_request
         ContextTooLong              400  context_length_exceeded
         DeltaRefused                400  invalid_delta
+        InvalidComposition          400  invalid_composition (deltas that have no exact sum)
       AuthenticationFailed          401  invalid_api_key
       PermissionDenied              403  permission_denied
       NotFound                      404  not_found
         ModelNotFound               404  model_not_found
       MethodNotAllowed              405  method_not_allowed
       Conflict                      409  conflict            x-should-retry: false
+        Quarantined                 409  delta_quarantined
       TooLarge                      413  too_large
       LimitExceeded                 429  rate_limit_exceeded Retry-After
       Unavailable                   503  unavailable         Retry-After
@@ -77,6 +79,15 @@ class DeltaRefused(InvalidRequest):
     code = "invalid_delta"
 
 
+class InvalidComposition(InvalidRequest):
+    """A sum of deltas that has no exact meaning, or that the device cannot hold."""
+
+    code = "invalid_composition"
+
+    def __init__(self, message: str, *, param: str | None = "model") -> None:
+        super().__init__(message, param=param)
+
+
 class AuthenticationFailed(DeltaserveError):
     """No key, or one that nobody holds."""
 
@@ -127,6 +138,15 @@ class Conflict(DeltaserveError):
 
     def headers(self) -> dict[str, str]:
         return {"x-should-retry": "false"}
+
+
+class Quarantined(Conflict):
+    """A delta or a sum of deltas whose computation failed."""
+
+    code = "delta_quarantined"
+
+    def __init__(self, message: str, *, param: str | None = "model") -> None:
+        super().__init__(message, param=param)
 
 
 class TooLarge(DeltaserveError):

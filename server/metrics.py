@@ -117,8 +117,12 @@ class Metrics:
         self._resident.labels("disk").set(deltas)
         self._delta_bytes.labels("disk").set(bytes_)
 
-    def apply_stats(self, stats: EngineStats, restarts: int = 0) -> list[str]:
-        """Take over a report of the engine; the digests quarantined since the last one are returned.
+    def quarantined(self, count: int = 1) -> None:
+        """Deltas were taken out of service."""
+        self._quarantines.inc(count)
+
+    def apply_stats(self, stats: EngineStats, restarts: int = 0) -> dict[str, str]:
+        """Take over a report of the engine; the digests quarantined since the last one are returned, with the reasons.
 
         The engine's counts are cumulative from its start. ``restarts`` tells a restarted engine, whose
         counts begin again at zero, from a late report; a count that fell tells it too.
@@ -148,9 +152,9 @@ class Metrics:
         for deltas in stats.batch_deltas:
             self._batch_deltas.observe(deltas)
 
-        fresh = [digest for digest in stats.quarantined if digest not in self._quarantined]
+        fresh = {d: reason for d, reason in stats.quarantined.items() if d not in self._quarantined}
         self._quarantined = set(stats.quarantined)  # one that was deleted may be quarantined anew
-        self._quarantines.inc(len(fresh))
+        self.quarantined(len(fresh))
         return fresh
 
     # series

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -17,7 +19,7 @@ class DeltaRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One version of a tenant's delta: a name for a digest, with what listings show of it.
 
     ``bytes`` counts the tensors; ``rank`` is the largest rank or bottleneck width (None where there is none);
-    ``created_at`` is in Unix seconds.
+    ``created_at`` is in Unix seconds; ``status_reason`` says why a version is not ``ready``.
     """
 
     id: str
@@ -35,6 +37,7 @@ class DeltaRecord(msgspec.Struct, frozen=True, kw_only=True):
     task_kind: str | None = None
     labels: list[str] | None = None
     status: DeltaStatus = "ready"
+    status_reason: str | None = None
     visibility: Visibility = "private"
     created_at: int
     metadata: dict[str, str] = {}
@@ -98,11 +101,50 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
 
 
-class DeltaRef(msgspec.Struct, frozen=True):
-    """A delta as the engine needs it: which, and the local file that holds its native form."""
+class DeltaPart(msgspec.Struct, frozen=True):
+    """One term of a sum: a delta's digest, the local file that holds its native form, and its weight."""
 
     digest: str
     path: str
+    weight: float = 1.0
+
+
+class DeltaRef(msgspec.Struct, frozen=True):
+    """A delta as the engine needs it: which, and the local file that holds its native form; or a sum of several.
+
+    A sum has ``parts``, in the order in which they apply, and no ``path``. Its digest names it in every cache, as a
+    delta's own does; make it by :meth:`of_sum`.
+    """
+
+    digest: str
+    path: str = ""
+    parts: tuple[DeltaPart, ...] = ()
+
+    @classmethod
+    def of_sum(cls, parts: Iterable[DeltaPart]) -> DeltaRef:
+        """The sum of these, its digest the sha256 of their digests and weights. Order counts: bottlenecks chain."""
+        parts = tuple(parts)
+        text = "".join(f"{part.digest}*{float(part.weight)!r}\n" for part in parts)
+        return cls(hashlib.sha256(f"deltaserve sum\n{text}".encode()).hexdigest(), parts=parts)
+
+    @property
+    def summands(self) -> tuple[DeltaPart, ...]:
+        """What is to be added up: the parts of a sum, a single delta by itself."""
+        return self.parts or (DeltaPart(self.digest, self.path),)
+
+
+ProbeOutcome = Literal["changes", "rounding", "nothing", "not_finite", "failed"]
+
+
+class ProbeResult(msgspec.Struct, frozen=True):
+    """What a delta did to the backbone's output in its first forward pass; ``message`` explains all but ``changes``.
+
+    ``rounding``: it acts, but no logit of the probe moved. ``nothing``: it does not act. ``not_finite``: outputs become
+    NaN or infinite. ``failed``: it cannot be computed here.
+    """
+
+    outcome: ProbeOutcome
+    message: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -161,7 +203,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     loads_from_host: int = 0
     loads_from_disk: int = 0
     load_failures: int = 0
-    quarantined: list[str] = []
+    quarantined: dict[str, str] = {}  # digest -> reason
     load_seconds: list[float] = []  # since the last report
     batch_rows: list[int] = []  # one entry a step since the last report
     batch_deltas: list[int] = []

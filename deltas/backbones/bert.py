@@ -50,6 +50,7 @@ def encoder_spec(
         vocab=int(config.vocab_size),
         max_positions=max_positions,
         pre_norm=False,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
         sites={site.name: site for site in sites},
         kind="encoder",
         base_prefix=family,

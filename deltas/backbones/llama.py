@@ -26,6 +26,7 @@ def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
         vocab=int(config.vocab_size),
         max_positions=int(config.max_position_embeddings),
         pre_norm=True,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
         sites={site.name: site for site in _sites(config)},
     )
 

@@ -32,6 +32,7 @@ def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
         vocab=int(config.vocab_size),
         max_positions=int(getattr(config, "n_positions", None) or TRAINED_POSITIONS),
         pre_norm=True,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
         sites={site.name: site for site in _sites(config)},
         kind="encoder-decoder",
         base_prefix="",

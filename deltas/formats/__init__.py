@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 from deltas.delta import Delta
 from deltas.errors import InvalidDelta, UnsupportedDelta
-from deltas.formats import adapterhub, native, peft
+from deltas.formats import adapterhub, native, opendelta, peft
 from deltas.formats.files import DeltaFiles, listed
 from deltas.formats.frozen import Frozen
 from deltas.formats.plan import Plan, execute
 from deltas.sites import BackboneSpec
 
 _CONFIG = "adapter_config.json"
-_OPENDELTA_CONFIG = "config.json"
 
 _EXPECTED = (
     "expected one of: PEFT (adapter_config.json, adapter_model.safetensors), "
-    "AdapterHub (adapter_config.json, adapter.safetensors), native (delta.safetensors)"
+    "AdapterHub (adapter_config.json, adapter.safetensors), OpenDelta (config.json, pytorch_model.bin), "
+    "native (delta.safetensors)"
 )
 
 # What the libraries and their trainers leave beside a delta. Never opened.
@@ -41,6 +41,7 @@ _BESIDE = frozenset(
         "chat_template.jinja",
         "chat_template.json",
         "generation_config.json",
+        "config.yml",
         "training_args.bin",
         "trainer_state.json",
         "trainer_log.jsonl",
@@ -50,16 +51,9 @@ _BESIDE = frozenset(
     }
 )
 
-_HEADS = frozenset({adapterhub.HEAD_CONFIG, adapterhub.HEAD, adapterhub.PICKLED_HEAD})
-_FUSIONS = frozenset(
-    {
-        "adapter_fusion_config.json",
-        "model_adapter_fusion.safetensors",
-        "pytorch_model_adapter_fusion.bin",
-        "adapter_setup.json",
-        "adapter_interface.json",
-    }
-)
+# AdapterHub's, which mean nothing beside another library's files or without the whole composition.
+_HEADS = adapterhub.HEAD_FILES
+_COMPOSED = adapterhub.FUSION_FILES | {adapterhub.SETUP, "adapter_interface.json"}
 
 _Planner = Callable[[DeltaFiles, BackboneSpec], Plan]
 
@@ -74,9 +68,9 @@ def read(files: DeltaFiles, spec: BackboneSpec, frozen: Frozen | None = None) ->
     """
     planner, own = _detect(files)
     _refuse_others(files, own)
-    if any(name in files for name in _HEADS):
-        adapterhub.check_head(files, frozen)
-    delta = execute(planner(files, spec), files, spec)
+    if planner is adapterhub.plan:
+        adapterhub.check_copies(files, frozen)
+    delta = execute(planner(files, spec), files, spec, frozen)
     if planner is native.plan:
         stated = native.manifest(files.header(native.WEIGHTS)).get("digest")
         if stated is not None:
@@ -94,9 +88,11 @@ def _detect(files: DeltaFiles) -> tuple[_Planner, set[str]]:
         if "peft_type" in config:
             found.append((peft.plan, {_CONFIG, peft.WEIGHTS, peft.PICKLED}))
         if "config" in config and ({"model_type", "hidden_size", "name"} & set(config)):
-            found.append((adapterhub.plan, {_CONFIG, adapterhub.WEIGHTS, adapterhub.PICKLED}))
-    if _OPENDELTA_CONFIG in files and "delta_type" in files.json(_OPENDELTA_CONFIG):
-        raise UnsupportedDelta("OpenDelta's files are not read yet", field=_OPENDELTA_CONFIG)
+            found.append((adapterhub.plan, adapterhub.own_names(files)))
+    elif adapterhub.SETUP in files:
+        found.append((adapterhub.plan, adapterhub.own_names(files)))
+    if opendelta.CONFIG in files and "delta_type" in files.json(opendelta.CONFIG):
+        found.append((opendelta.plan, {opendelta.CONFIG, opendelta.WEIGHTS, opendelta.PICKLED}))
     if len(found) != 1:
         problem = "these files are several deltas at once" if found else "these files are not a known delta"
         raise InvalidDelta(f"{problem}: {listed(files.names)}; {_EXPECTED}", field="file")
@@ -105,10 +101,16 @@ def _detect(files: DeltaFiles) -> tuple[_Planner, set[str]]:
 
 def _refuse_others(files: DeltaFiles, own: set[str]) -> None:
     for name in files.names:
-        if name in own or name in _BESIDE or name in _HEADS:
+        if name in own or name in _BESIDE:
             continue
-        if name in _FUSIONS:
-            raise UnsupportedDelta(f"{name}: compositions of several adapters are not served", field=name)
+        if name in _HEADS:
+            raise UnsupportedDelta(f"{name}: heads in a file of their own are AdapterHub's", field=name)
+        if name in _COMPOSED:
+            raise UnsupportedDelta(
+                f"{name}: a composition of adapters is served as save_adapter_setup writes it, an archive with "
+                "adapter_setup.json and a folder for each part",
+                field=name,
+            )
         raise InvalidDelta(f"{listed([name])} is not part of a delta; {_EXPECTED}", field="file")
 
 

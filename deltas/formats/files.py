@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltas.errors import InvalidDelta
 from deltas.formats import pickled
-from deltas.formats.header import Header, parse_json, read_header, shown
+from deltas.formats.header import Header, TensorInfo, parse_json, read_header, shown
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -28,6 +28,7 @@ class DeltaFiles:
         self._converted: dict[str, Path] = {}
         self._headers: dict[str, Header] = {}
         self._objects: dict[str, dict[str, Any]] = {}
+        self._joined: dict[str, tuple[str, ...]] = {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._paths
@@ -53,20 +54,43 @@ class DeltaFiles:
         """Names, dtypes and shapes in a tensor file; reads its header only.
 
         A pickled file is converted first, which takes a process and seconds: see :mod:`deltas.formats.pickled`.
-        Raises :class:`InvalidDelta` or, for a dtype that is not a float, :class:`UnsupportedDelta`.
+        Raises :class:`InvalidDelta` or, for a dtype that no delta has, :class:`UnsupportedDelta`.
         """
         if name not in self._headers:
-            self._headers[name] = read_header(self._safetensors(name), name)
+            if name in self._joined:
+                self._headers[name] = self._union(name)
+            else:
+                self._headers[name] = read_header(self._safetensors(name), name)
         return self._headers[name]
+
+    def join(self, names: Iterable[str]) -> str:
+        """A name under which these tensor files can be read as one; a file alone keeps its own.
+
+        Raises :class:`InvalidDelta` where two of them hold a tensor of one name.
+        """
+        parts = tuple(names)
+        if len(parts) == 1:
+            return parts[0]
+        joined = " and ".join(parts)
+        self._joined[joined] = parts
+        self.header(joined)
+        return joined
 
     def tensors(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
         """These tensors of a file whose header was checked, on the CPU, in memory of their own.
 
-        float64 comes back as float32 where that is exact, and is refused where it is not. A NaN or an
+        float64 comes back as float32 where that is exact, and is refused where it is not; int32 comes back as
+        int64, so that the same indices have the same digest. A NaN or an
         infinity anywhere is refused, naming the tensor.
         """
         header = self.header(name)
         loaded: dict[str, Tensor] = {}
+        if name in self._joined:
+            wanted = list(keys)
+            for part in self._joined[name]:
+                there = self.header(part).tensors
+                loaded |= self.tensors(part, [key for key in wanted if key in there])
+            return loaded
         try:
             with safe_open(str(self._safetensors(name)), framework="pt", device="cpu") as file:
                 for key in keys:
@@ -82,7 +106,19 @@ class DeltaFiles:
                 raise InvalidDelta(f"{shown(key)} holds NaN or an infinity", field=key)
             if tensor.dtype == torch.float64:
                 loaded[key] = _narrowed(key, tensor)
+            elif tensor.dtype == torch.int32:
+                loaded[key] = tensor.to(torch.int64)
         return loaded
+
+    def _union(self, name: str) -> Header:
+        tensors: dict[str, TensorInfo] = {}
+        for part in self._joined[name]:
+            own = self.header(part).tensors
+            twice = tensors.keys() & own.keys()
+            if twice:
+                raise InvalidDelta(f"{name} both hold {shown(min(twice))}", field=min(twice))
+            tensors |= own
+        return Header(tensors, {})
 
     def _safetensors(self, name: str) -> Path:
         """The file itself, or the safetensors file made of a pickled one; that lives as long as this object."""

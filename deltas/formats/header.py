@@ -28,6 +28,8 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
 }
 
 
@@ -56,8 +58,8 @@ def shown(name: object, limit: int = 200) -> str:
 def read_header(path: Path, name: str) -> Header:
     """Parse and check the header of the safetensors file at ``path``, called ``name`` in messages.
 
-    Raises :class:`InvalidDelta` (``field`` is the file's or the tensor's name) or, for a dtype that is not a
-    float, :class:`UnsupportedDelta`.
+    Raises :class:`InvalidDelta` (``field`` is the file's or the tensor's name) or, for a dtype that no delta
+    has, :class:`UnsupportedDelta`.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

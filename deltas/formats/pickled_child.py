@@ -44,6 +44,8 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
 }
 
 
@@ -166,7 +168,7 @@ def checked(loaded: object, job: Job, size: int) -> dict[str, Tensor]:
 
 
 def nbytes(name: str, value: object) -> int:
-    """Bytes of one value, once written. Raises :class:`Refused` unless it is a dense tensor of floats."""
+    """Bytes of one value, once written. Raises :class:`Refused` unless it is a dense tensor of a known dtype."""
     if type(value) not in (Tensor, torch.nn.Parameter) or not isinstance(value, Tensor):
         _refuse(name, f"is of type {type(value).__name__}, not a tensor; the dict must be flat")
     if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":

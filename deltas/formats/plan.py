@@ -9,7 +9,10 @@ from typing import Any
 from deltas.delta import Component, Delta
 from deltas.errors import DeltaError, InvalidDelta, UnsupportedDelta
 from deltas.formats.files import DeltaFiles, listed
-from deltas.methods import Outline, check_outlines, method
+from deltas.formats.frozen import Frozen, same
+from deltas.formats.header import Header
+from deltas.formats.sources import Source, info_of, name_of, tensor_of
+from deltas.methods import Outline, check_outlines, check_values, integers, method
 from deltas.sites import BackboneSpec
 
 Check = Callable[[str, object], None]
@@ -18,52 +21,63 @@ Check = Callable[[str, object], None]
 
 @dataclass(frozen=True, slots=True)
 class PlannedComponent:
-    """One component; ``sources`` maps canonical tensor names to the names in the file."""
+    """One component; ``sources`` maps canonical tensor names to what they are made of."""
 
     method: str
     config: Mapping[str, Any]
-    sources: Mapping[str, str]
+    sources: Mapping[str, Source]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything a reader learned from configs and header; ``weights`` is the file with the tensors."""
+    """Everything a reader learned from configs and header; ``weights`` is the file with the tensors.
+
+    ``copies`` are tensors of the file that only repeat the backbone's own, by their state-dict key; ``repeats`` those
+    that repeat another of the file, and ``spare`` those that its library keeps for training alone.
+    """
 
     format: str
     weights: str
     components: tuple[PlannedComponent, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    repeats: Mapping[str, str] = field(default_factory=dict)
+    spare: frozenset[str] = frozenset()
 
 
-def execute(plan: Plan, files: DeltaFiles, spec: BackboneSpec) -> Delta:
+def execute(plan: Plan, files: DeltaFiles, spec: BackboneSpec, frozen: Frozen | None = None) -> Delta:
     """Check coverage and shapes, then load. Nothing is loaded unless all of it will be used.
 
-    Raises :class:`InvalidDelta` or :class:`UnsupportedDelta`; where one tensor is at fault, ``field`` is its
-    name in the file.
+    ``frozen`` gives the backbone's own tensors, for files that repeat some. Raises :class:`InvalidDelta` or
+    :class:`UnsupportedDelta`; where one tensor is at fault, ``field`` is its name in the file.
     """
     header = files.header(plan.weights)
-    used = [source for part in plan.components for source in part.sources.values()]
-    if len(used) != len(set(used)):
-        raise InvalidDelta(f"{plan.weights}: a tensor is used twice", field=plan.weights)
-    refuse_unknown([name for name in header.tensors if name not in set(used)], plan.weights)
+    _check_coverage(plan, header)
     outlines = [
         Outline(
             part.method,
             method(part.method).normalise(part.config),
-            {name: header.tensors[source].shape for name, source in part.sources.items()},
+            {name: info_of(source, header).shape for name, source in part.sources.items()},
         )
         for part in plan.components
     ]
     _check(outlines, plan, spec)
-    return assemble(plan, [outline.config for outline in outlines], files)
+    _check_dtypes(plan, header)
+    _check_copies(plan, files, frozen)
+    _check_repeats(plan, files)
+    delta = assemble(plan, [outline.config for outline in outlines], files)
+    check_values(delta, spec)
+    return delta
 
 
 def assemble(plan: Plan, configs: Sequence[Mapping[str, Any]], files: DeltaFiles) -> Delta:
     """Load a plan's tensors; ``configs`` are the canonical ones. Raises as ``DeltaFiles.tensors`` does."""
-    used = [source for part in plan.components for source in part.sources.values()]
-    loaded = files.tensors(plan.weights, used)
+    names = [name_of(source) for part in plan.components for source in part.sources.values()]
+    loaded = files.tensors(plan.weights, dict.fromkeys(name for name in names if name is not None))
     components = tuple(
-        Component(part.method, config, {name: loaded[source] for name, source in part.sources.items()})
+        Component(
+            part.method, config, {name: tensor_of(source, loaded) for name, source in part.sources.items()}
+        )
         for part, config in zip(plan.components, configs, strict=True)
     )
     return Delta(components, plan.format, plan.metadata)
@@ -118,9 +132,52 @@ def provenance(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, st
     return {key: printable(value) for key, value in found.items() if isinstance(value, str) and value}
 
 
+def _check_coverage(plan: Plan, header: Header) -> None:
+    """Every tensor of the file is used, and as a whole once at most."""
+    every = [source for part in plan.components for source in part.sources.values()]
+    whole = [source for source in every if isinstance(source, str)]
+    if len(whole) != len(set(whole)):
+        raise InvalidDelta(f"{plan.weights}: a tensor is used twice", field=plan.weights)
+    used = {name_of(source) for source in every} | set(plan.copies) | set(plan.repeats) | plan.spare
+    refuse_unknown([name for name in header.tensors if name not in used], plan.weights)
+
+
+def _check_dtypes(plan: Plan, header: Header) -> None:
+    """Indices must be integers, everything else floats."""
+    for part in plan.components:
+        whole = integers(part.method)
+        for name, source in part.sources.items():
+            dtype = info_of(source, header).dtype
+            if dtype.is_floating_point == (name.rpartition("/")[2] in whole):
+                wanted = "an integer" if dtype.is_floating_point else "a float"
+                shown = name_of(source) or name
+                raise UnsupportedDelta(f"{listed([shown])} is {str(dtype)[6:]}, not {wanted}", field=shown)
+
+
+def _check_copies(plan: Plan, files: DeltaFiles, frozen: Frozen | None) -> None:
+    """What repeats the backbone's own tensors must equal them: else it would be a change that is not served."""
+    for name, key in plan.copies.items():
+        own = None if frozen is None else frozen(key)
+        if own is None or not same(files.tensors(plan.weights, [name])[name], own):
+            raise UnsupportedDelta(
+                f"{listed([name])} is not the backbone's own {key}; a changed copy of it is not served",
+                field=name,
+            )
+
+
+def _check_repeats(plan: Plan, files: DeltaFiles) -> None:
+    """One tensor under several names has one value."""
+    for name, original in plan.repeats.items():
+        pair = files.tensors(plan.weights, {name, original})
+        if not same(pair[name], pair[original]):
+            raise InvalidDelta(
+                f"{listed([name])} differs from {listed([original])}, whose repetition it is", field=name
+            )
+
+
 def _check(outlines: list[Outline], plan: Plan, spec: BackboneSpec) -> None:
     """Check, and speak of the file's tensor names rather than ours."""
-    sources = {name: source for part in plan.components for name, source in part.sources.items()}
+    sources = {name: name_of(source) for part in plan.components for name, source in part.sources.items()}
     try:
         check_outlines(outlines, spec)
     except DeltaError as error:

@@ -8,20 +8,111 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from deltas.compose import combine, weighted
+from deltas.compose import combine, scaled
 from deltas.delta import Delta
 from deltas.errors import InvalidDelta, UnsupportedDelta
-from deltas.methods.base import Method, Outline
+from deltas.methods.adalora import AdaLora
+from deltas.methods.base import HasIntegers, Method, Outline
 from deltas.methods.bitfit import BitFit
+from deltas.methods.boft import Boft
 from deltas.methods.bottleneck import BottleneckAdapter
+from deltas.methods.c3a import C3a
+from deltas.methods.compacter import Compacter
+from deltas.methods.composed_lora import DenseVera, MtlLora
+from deltas.methods.deft import Deft
+from deltas.methods.delora import DeLora
+from deltas.methods.dense import Dense
+from deltas.methods.diff_pruning import DiffPruning
+from deltas.methods.fourierft import FourierFt
+from deltas.methods.fusion import AdapterFusion
+from deltas.methods.gated import GatedIA3, GatedLora
+from deltas.methods.glora import GLora
+from deltas.methods.gralora import GraLora
+from deltas.methods.head import HeadMethod
+from deltas.methods.hira import Hira
+from deltas.methods.hra import Hra
+from deltas.methods.ia3 import IA3
+from deltas.methods.intrinsic import Intrinsic
+from deltas.methods.invertible import Invertible
+from deltas.methods.loha import LoHa
+from deltas.methods.lokr import LoKr
 from deltas.methods.lora import Lora
+from deltas.methods.low_rank_adapter import LowRankAdapter
+from deltas.methods.masking import Masking
+from deltas.methods.miss import Miss
+from deltas.methods.oft import Oft
+from deltas.methods.opendelta_prefix import OpenDeltaPrefix
+from deltas.methods.override import LayerNorm, OverrideMethod
+from deltas.methods.packed_prefix import PackedPrefix
+from deltas.methods.peanut import Peanut
+from deltas.methods.prefix import Prefix
 from deltas.methods.prompt import Prompt
+from deltas.methods.randlora import RandLora
+from deltas.methods.road import Road
+from deltas.methods.shira import Shira
+from deltas.methods.supertuning import Supertuning
+from deltas.methods.tinylora import TinyLora
+from deltas.methods.tokens import Tokens
+from deltas.methods.unilora import UniLora
+from deltas.methods.vblora import VbLora
+from deltas.methods.vera import Vera
+from deltas.methods.waveft import WaveFt
 from deltas.patches import Patch
 from deltas.sites import BackboneSpec
 from deltas.weights import SiteWeights, Source
 
 METHODS: Mapping[str, Method] = {
-    method.name: method for method in (Lora(), BottleneckAdapter(), BitFit(), Prompt())
+    method.name: method
+    for method in (
+        AdaLora(),
+        BitFit(),
+        Boft(),
+        BottleneckAdapter(),
+        PackedPrefix(),
+        MtlLora(),
+        Invertible(),
+        GatedLora(),
+        GatedIA3(),
+        DenseVera(),
+        Compacter(),
+        AdapterFusion(),
+        C3a(),
+        Deft(),
+        DeLora(),
+        Dense(),
+        DiffPruning(),
+        FourierFt(),
+        GLora(),
+        GraLora(),
+        HeadMethod(),
+        Hira(),
+        Hra(),
+        IA3(),
+        Intrinsic(),
+        LayerNorm(),
+        LoHa(),
+        LoKr(),
+        Lora(),
+        LowRankAdapter(),
+        Masking(),
+        Miss(),
+        Oft(),
+        OpenDeltaPrefix(),
+        OverrideMethod(),
+        Peanut(),
+        Prefix(),
+        Prompt(),
+        RandLora(),
+        Road(),
+        Shira(),
+        Supertuning(),
+        TinyLora(),
+        Tokens(),
+        UniLora(),
+        VbLora(),
+        Vera(),
+        WaveFt(),
+    )
 }
 
 
@@ -57,6 +148,20 @@ def check(delta: Delta, spec: BackboneSpec) -> None:
     check_outlines(_outlines(delta), spec)
 
 
+def integers(name: str) -> frozenset[str]:
+    """The parameters of that method that are integers; every other one is a float."""
+    found = method(name)
+    return found.integers if isinstance(found, HasIntegers) else frozenset()
+
+
+def check_values(delta: Delta, spec: BackboneSpec) -> None:
+    """Refuse a loaded delta whose indices point outside the backbone; :class:`~deltas.errors.InvalidDelta`."""
+    for component in delta.components:
+        served = method(component.method)
+        if isinstance(served, HasIntegers):
+            served.check_values(component, spec)
+
+
 def rank(delta: Delta) -> int | None:
     """The largest rank or bottleneck width in the delta, None where no method has one."""
     ranks = [method(outline.method).rank(outline) for outline in _outlines(delta)]
@@ -83,7 +188,7 @@ def lower_sum(
         check(delta, spec)
         for component in delta.components:
             patches = METHODS[component.method].lower(component, weights)
-            lowered.append([weighted(patch, weight, weights) for patch in patches])
+            lowered.append(scaled(patches, weight, weights))
     joined = combine(lowered)
     for patch in joined:
         _check_finite(patch)
@@ -105,4 +210,16 @@ def _outlines(delta: Delta) -> list[Outline]:
     ]
 
 
-__all__ = ["METHODS", "Method", "Outline", "check", "check_outlines", "lower", "lower_sum", "method", "rank"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Outline",
+    "check",
+    "check_outlines",
+    "check_values",
+    "integers",
+    "lower",
+    "lower_sum",
+    "method",
+    "rank",
+]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from deltas.delta import Component
 from deltas.errors import InvalidDelta
@@ -57,13 +59,36 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class HasIntegers(Protocol):
+    """A method some of whose parameters are integers (int64), such as the indices of changed weights."""
+
+    @property
+    def integers(self) -> frozenset[str]:
+        """The parameters' names, without the site."""
+        ...
+
+    def check_values(self, component: Component, spec: BackboneSpec, /) -> None:
+        """Refuse indices outside what they index; called once the tensors are loaded.
+
+        Raises ``InvalidDelta`` whose ``field`` is the canonical tensor name.
+        """
+        ...
+
+
 def by_site(
-    shapes: Shapes, required: tuple[str, ...], kinds: tuple[SiteKind, ...], spec: BackboneSpec
+    shapes: Shapes,
+    required: tuple[str, ...],
+    kinds: tuple[SiteKind, ...],
+    spec: BackboneSpec,
+    optional: tuple[str, ...] = (),
 ) -> dict[Site, dict[str, tuple[int, ...]]]:
     """Group shapes by site, in forward order, and refuse what does not belong.
 
-    Every site must exist, be of one of ``kinds`` and have exactly the ``required`` parameters.
+    Every site must exist, be of one of ``kinds``, and have all ``required`` parameters and at least one in all; the
+    ``optional`` ones may be there too.
     """
+    known = (*required, *optional)
     grouped: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         site_name, _, parameter = name.rpartition("/")
@@ -73,8 +98,8 @@ def by_site(
         if site.kind not in kinds:
             wanted = " or ".join(kinds)
             raise InvalidDelta(f"{name!r}: {site_name} is a {site.kind} site, not {wanted}", field=name)
-        if parameter not in required:
-            raise InvalidDelta(f"{name!r}: unknown parameter; known: {', '.join(required)}", field=name)
+        if parameter not in known:
+            raise InvalidDelta(f"{name!r}: unknown parameter; known: {', '.join(known)}", field=name)
         grouped.setdefault(site_name, {})[parameter] = shape
     for site_name, parameters in grouped.items():
         missing = [f"{site_name}/{parameter}" for parameter in required if parameter not in parameters]
@@ -85,6 +110,15 @@ def by_site(
     return {site: grouped[name] for name, site in spec.sites.items() if name in grouped}
 
 
+def each_site(component: Component, spec: BackboneSpec) -> Iterator[tuple[Site, dict[str, Tensor]]]:
+    """Every site of a checked component with its tensors, floats as float32, in forward order."""
+    present = set(component.sites())
+    for site in spec.sites.values():
+        if site.name in present:
+            tensors = component.at(site.name)
+            yield site, {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+
+
 def expect(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Refuse a shape that is not the expected one. In ``expected`` 0 stands for any size of 1 or more."""
     fits = len(shape) == len(expected) and all(
@@ -93,6 +127,12 @@ def expect(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None
     if not fits:
         wanted = "[" + ", ".join(str(size) if size else "n" for size in expected) + "]"
         raise InvalidDelta(f"{name!r} has shape {list(shape)}, expected {wanted}", field=name)
+
+
+def check_indices(name: str, indices: Tensor, size: int) -> None:
+    """Refuse indices that are not in ``0 .. size-1``."""
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= size):
+        raise InvalidDelta(f"{name!r} has indices outside 0 .. {size - 1}", field=name)
 
 
 def only_keys(config: Mapping[str, Any], known: frozenset[str]) -> None:

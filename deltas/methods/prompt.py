@@ -1,6 +1,7 @@
 """Prompt tuning: trained embeddings put before a row's own tokens, whose positions they shift.
 
-Canonical tensor ``embeddings`` ``[n, hidden]``; no config.
+Canonical tensor ``embeddings`` ``[n, hidden]``. Config ``{}``, or ``{"after_norm": true}`` for prompts that are put after
+an encoder's embedding norm, where they have no positions of their own.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ class Prompt:
     name = "prompt"
 
     def normalise(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        only_keys(config, frozenset())
-        return {}
+        only_keys(config, frozenset({"after_norm"}))
+        after_norm = config.get("after_norm", False)
+        if type(after_norm) is not bool:
+            raise InvalidDelta("after_norm must be true or false", field="after_norm")
+        return {"after_norm": True} if after_norm else {}
 
     def check(self, outline: Outline, spec: BackboneSpec) -> None:
         shapes = outline.shapes
@@ -52,4 +56,5 @@ class Prompt:
         return None
 
     def lower(self, component: Component, _weights: SiteWeights) -> list[Patch]:
-        return [SoftPrompt(component.tensors["embeddings"].to(torch.float32).contiguous())]
+        embeddings = component.tensors["embeddings"].to(torch.float32).contiguous()
+        return [SoftPrompt(embeddings, component.config.get("after_norm", False))]

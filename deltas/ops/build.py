@@ -12,7 +12,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = ("kernels.c", "kernels_storage.c", "kernels_patch.c", "kernels_rows.c", "kernels_attention.c")
+SOURCES = (
+    "kernels.c",
+    "kernels_storage.c",
+    "kernels_patch.c",
+    "kernels_sparse.c",
+    "kernels_rows.c",
+    "kernels_attention.c",
+)
 COMPILERS = ("gcc", "cc", "clang")  # gcc first: it speaks the ABI of the OpenMP runtime that torch brings
 FLAGS = (
     "-std=gnu11",

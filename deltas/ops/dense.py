@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor
 from deltas.bank import SitePatch
 from deltas.batch import Hooked, Segment
 from deltas.ops import reference
+from deltas.ops.inputs import activate, block_input
+from deltas.ops.transforms import Transforms, transforms_of
 from deltas.patches import Activation, BlockInput
 
 
@@ -44,13 +47,19 @@ class DensePlan:
     tokens: int
     _groups: dict[int, list[_Stacked]] = field(default_factory=dict)
 
+    @cached_property
+    def _transforms(self) -> dict[int, list[Transforms]]:
+        return transforms_of(self.segments)
+
     def active(self, group: int) -> bool:
         return any(s.delta is not None and group in s.delta.patches for s in self.segments)
 
     def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
+        for transforms in self._transforms.get(group, ()):
+            transforms.apply(x, y, hooked)
         for segment in self.segments:
             if segment.delta is not None and group in segment.delta.alone:
-                reference.apply_wide(segment.delta.patches[group], x, y, hooked, segment.slice)
+                reference.apply_wide(segment.delta.rest[group], x, y, hooked, segment.slice)
         stacked = self._groups.get(group)
         if stacked is None:
             stacked = self._groups[group] = self._stack(group, x)
@@ -60,8 +69,8 @@ class DensePlan:
             if part.gain is not None:
                 columns *= part.gain
             if part.down is not None and part.up is not None and part.mask is not None:
-                z = reference.block_input(part.reads, x, before, hooked, slice(None))
-                h = reference.activate(F.linear(z, part.down, part.down_bias), part.activation)
+                z = block_input(part.reads, x, before, hooked, slice(None))
+                h = activate(F.linear(z, part.down, part.down_bias), part.activation)
                 # where, not a product: a poisoned delta's NaN must not reach its neighbours through 0 * NaN
                 columns.addmm_(
                     torch.where(part.mask, h, torch.zeros((), dtype=h.dtype, device=h.device)), part.up
@@ -76,7 +85,7 @@ class DensePlan:
         for segment in self.segments:
             if segment.delta is None or group in segment.delta.alone:
                 continue
-            for patch in segment.delta.patches.get(group, ()):
+            for patch in segment.delta.rest.get(group, ()):
                 if isinstance(patch, SitePatch):
                     classes[(patch.out0, patch.out, patch.reads, patch.activation)].append((segment, patch))
         return [self._stack_class(key, members, x) for key, members in classes.items()]

@@ -161,6 +161,7 @@ EXPORT int ds_threads(void) { return omp_get_max_threads(); }
 #define NAME(x) x##_f32
 #include "kernels_storage.c"
 #include "kernels_patch.c"
+#include "kernels_sparse.c"
 #include "kernels_rows.c"
 #include "kernels_attention.c"
 #undef DS_BF16
@@ -171,5 +172,6 @@ EXPORT int ds_threads(void) { return omp_get_max_threads(); }
 #define NAME(x) x##_bf16
 #include "kernels_storage.c"
 #include "kernels_patch.c"
+#include "kernels_sparse.c"
 #include "kernels_rows.c"
 #include "kernels_attention.c"

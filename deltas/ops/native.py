@@ -29,6 +29,7 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ds_patch": (_P, _I, _P, _I, _I, _P, _I, _I, _I),
+    "ds_sparse": (_P, _P, _P, _I, _I, _P, _I, _P, _I, _I),
     "ds_rms_norm": (_P, _I, _P, _F, _I, _I, _P, _I),
     "ds_silu_mul": (_P, _I, _P, _I, _I, _I, _P, _I),
     "ds_rope": (_P, _I, _I, _I, _I, _P, _P, _I, _I),
@@ -77,6 +78,7 @@ class Kernels:
             return found
 
         self._patch = functions("ds_patch")
+        self._sparse = functions("ds_sparse")
         self._rms_norm = functions("ds_rms_norm")
         self._silu_mul = functions("ds_silu_mul")
         self._rope = functions("ds_rope")
@@ -106,6 +108,26 @@ class Kernels:
             self._patch[y.dtype](
                 interface["data"][0], len(table), x.data_ptr(), _rows_of(x, "x"), width,
                 y.data_ptr(), _rows_of(y, "y"), tokens, columns,
+            )
+        )  # fmt: skip
+
+    def sparse(self, starts: Tensor, columns: Tensor, values: Tensor, x: Tensor, y: Tensor) -> None:
+        """``y += x S^T`` for a sparse S by rows: row i has ``values[k]`` at ``columns[k]``, k from ``starts[i]`` on.
+
+        ``x`` ``[tokens, in]``, ``y`` ``[tokens, out]``; ``starts`` int32 ``[out + 1]``, ``columns`` int32 and
+        ``values`` ``[count]``, contiguous. That every column is below ``in`` is the caller's business.
+        """
+        (tokens, width), (rows, out) = x.shape, y.shape
+        if (
+            rows != tokens or starts.shape != (out + 1,) or values.shape != columns.shape
+            or not (starts.dtype == columns.dtype == torch.int32) or not (x.dtype == values.dtype == y.dtype)
+            or not (starts.is_contiguous() and columns.is_contiguous() and values.is_contiguous())
+        ):  # fmt: skip
+            raise ValueError("sparse: shapes, strides or dtypes do not fit together")
+        _check(
+            self._sparse[y.dtype](
+                starts.data_ptr(), columns.data_ptr(), values.data_ptr(), out, width,
+                x.data_ptr(), _rows_of(x, "x"), y.data_ptr(), _rows_of(y, "y"), tokens,
             )
         )  # fmt: skip
 

@@ -11,11 +11,19 @@ from torch import Tensor
 
 from deltas.bank import Placed
 from deltas.batch import Hooked
+from deltas.ops import sparse
+from deltas.ops.adapters import adapt, couple, opening
+from deltas.ops.native import Kernels
 from deltas.patches import (
+    Bottleneck,
+    Coupling,
     DenseDiff,
     EmbeddingLowRank,
     EmbeddingRows,
+    Fusion,
     Gain,
+    GatedGain,
+    GatedLowRank,
     InputGain,
     Kronecker,
     Mix,
@@ -25,25 +33,41 @@ from deltas.patches import (
     Shift,
     SparseDiff,
 )
+from deltas.sparse import SparseRows
 
 
-def apply(step: Placed, x: Tensor, y: Tensor, hooked: Hooked) -> None:
-    """Changes ``y`` ``[tokens, out]`` in place; ``x`` ``[tokens, in]``, or token ids ``[tokens]`` at an embedding."""
+def apply(
+    step: Placed, x: Tensor, y: Tensor, hooked: Hooked, tokens: slice, kernels: Kernels | None = None
+) -> None:
+    """Changes ``y`` ``[tokens, out]`` in place; ``x`` ``[tokens, in]``, or token ids ``[tokens]`` at an embedding.
+
+    Both are the tokens ``tokens`` of the batch: one segment's. ``kernels`` apply what they can, torch the rest.
+    """
     match step.patch:
+        case Bottleneck() | Fusion() as block:
+            adapt(block, x, y, hooked, tokens)
+        case Coupling() as coupling:
+            couple(coupling, y)
+        case GatedLowRank(down=down, up=up, gate=gate):
+            y += opening(gate, x) * (F.linear(x, down) @ up)
+        case GatedGain(gain=gain, gate=gate, rest=rest):
+            y *= rest + opening(gate, x) * gain
         case Gain(gain=gain):
             y *= gain
         case Shift(beta=beta):
             y += beta
         case InputGain(gain=gain):
             y.copy_(hooked.linear(step.out0, step.out, x * gain))
+        case Rotation(blocks=blocks) if not x.is_floating_point():  # an embedding: what it gives is turned
+            y.copy_(rotated(y, blocks))
         case Rotation(blocks=blocks):
-            y.copy_(hooked.linear(step.out0, step.out, _rotated(x, blocks)))
+            y.copy_(hooked.linear(step.out0, step.out, rotated(x, blocks)))
         case Mix(own=own, other=other, partner=partner):
             y.copy_(own * y + other * y[:, partner])
         case DenseDiff(matrix=matrix):
-            y += F.linear(x, matrix)
-        case SparseDiff(rows=rows, columns=columns, values=values):
-            y.index_add_(1, rows, x[:, columns] * values)
+            y += _changed(x, matrix, hooked)
+        case SparseDiff() | SparseRows() as change:
+            sparse.add(change, x, y, kernels)
         case Kronecker(left=left, right=right):
             y += _kronecker(x, left, right)
         case Override(weight=weight, bias=bias):
@@ -59,9 +83,17 @@ def apply(step: Placed, x: Tensor, y: Tensor, hooked: Hooked) -> None:
             raise TypeError(f"no operation for {type(other).__name__}")
 
 
-def _rotated(x: Tensor, blocks: Tensor) -> Tensor:
+def rotated(x: Tensor, blocks: Tensor) -> Tensor:
+    """``x`` ``[tokens, in]`` with every block of a row times its own matrix; ``blocks`` ``[count, size, size]``."""
     count, size, _ = blocks.shape
     return torch.einsum("tki,kij->tkj", x.reshape(-1, count, size), blocks).reshape(x.shape)
+
+
+def _changed(x: Tensor, matrix: Tensor, hooked: Hooked) -> Tensor:
+    """What a change of the weight adds: every module here is linear in its weight."""
+    if not x.is_floating_point():
+        return F.embedding(x, matrix)
+    return hooked.norm(x, matrix, None) if matrix.dim() == 1 else F.linear(x, matrix)
 
 
 def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -15,43 +15,8 @@ from torch import Tensor
 from deltas.bank import Applied, SitePatch
 from deltas.batch import Hooked
 from deltas.ops import placed
-from deltas.patches import Activation, BlockInput
-
-
-def activate(h: Tensor, activation: Activation) -> Tensor:
-    """The non-linearity inside a bottleneck, elementwise."""
-    match activation:
-        case Activation.IDENTITY:
-            return h
-        case Activation.RELU:
-            return F.relu(h)
-        case Activation.SILU:
-            return F.silu(h)
-        case Activation.GELU:
-            return F.gelu(h)
-        case Activation.GELU_TANH:
-            return F.gelu(h, approximate="tanh")
-        case Activation.TANH:
-            return torch.tanh(h)
-        case Activation.SIGMOID:
-            return torch.sigmoid(h)
-        case Activation.LEAKY_RELU:
-            return F.leaky_relu(h, 0.01)
-
-
-def block_input(reads: BlockInput | None, x: Tensor, y: Tensor, hooked: Hooked, rows: slice) -> Tensor:
-    """What a patch reads: the site's input ``x`` for None; for a block site ``x`` is the residual, ``y`` the output."""
-    match reads:
-        case None | BlockInput.RESIDUAL:
-            return x
-        case BlockInput.OUTPUT:
-            return y
-        case BlockInput.OUTPUT_AND_RESIDUAL:
-            return y + x
-        case BlockInput.NORMED:
-            return hooked.normed(y + x)
-        case BlockInput.INNER:
-            return hooked.inner(rows)
+from deltas.ops.inputs import activate, block_input
+from deltas.ops.native import Kernels
 
 
 def _site_patch(patch: SitePatch, x: Tensor, columns: Tensor, hooked: Hooked, rows: slice) -> None:
@@ -80,15 +45,22 @@ def apply(steps: Sequence[Applied], x: Tensor, y: Tensor, hooked: Hooked, rows: 
         if isinstance(step, SitePatch):
             _site_patch(step, x[rows], columns, hooked, rows)
         else:
-            placed.apply(step, x[rows], columns, hooked)
+            placed.apply(step, x[rows], columns, hooked, rows)
 
 
-def apply_wide(steps: Sequence[Applied], x: Tensor, y: Tensor, hooked: Hooked, rows: slice) -> None:
+def apply_wide(
+    steps: Sequence[Applied],
+    x: Tensor,
+    y: Tensor,
+    hooked: Hooked,
+    rows: slice,
+    kernels: Kernels | None = None,
+) -> None:
     """:func:`apply` for many tokens: GEMMs in the arena's dtype, as the backbone's own layers compute."""
     for step in steps:
         columns = y[rows, step.out0 : step.out0 + step.out]
         if not isinstance(step, SitePatch):
-            placed.apply(step, x[rows], columns, hooked)
+            placed.apply(step, x[rows], columns, hooked, rows, kernels)
             continue
         h = None
         if step.down is not None and step.up is not None:

@@ -18,6 +18,7 @@ from deltas.bank import PackedDelta, SitePatch
 from deltas.batch import Hooked, Segment
 from deltas.ops import reference
 from deltas.ops.native import ENTRY_FIELDS, Kernels
+from deltas.ops.transforms import Transforms, transforms_of
 from deltas.patches import BlockInput
 
 Table = npt.NDArray[np.int64]
@@ -71,7 +72,7 @@ class DeltaTables:
         known = self._tables.get(id(delta))
         if known is not None and known[0] is delta:
             return known[1]
-        plain = {g: steps for g, steps in delta.patches.items() if g not in delta.looped}
+        plain = {g: steps for g, steps in delta.rest.items() if g not in delta.looped}
         entries = max((len(steps) for steps in plain.values()), default=1)
         table: Table = np.zeros((self._groups, entries, len(ENTRY_FIELDS)), dtype=np.int64)
         for group, steps in plain.items():
@@ -126,16 +127,28 @@ class NativePlan:
                 found.setdefault(group, []).append(segment)
         return found
 
+    @cached_property
+    def _transforms(self) -> dict[int, list[Transforms]]:
+        """By group, what comes before everything else, for all short segments at once."""
+        return transforms_of(self.narrow)
+
     def active(self, group: int) -> bool:
         if (self._table is not None and self._active[group]) or group in self._looped:
+            return True
+        if group in self._transforms:
             return True
         return any(s.delta is not None and group in s.delta.patches for s in self.wide)
 
     def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
+        for transforms in self._transforms.get(group, ()):
+            transforms.apply(x, y, hooked)
         table = self._table
         if table is not None and self._active[group]:
             self.kernels.patch(table[group], x, y)
-        for segment in (*self._looped.get(group, ()), *self.wide):
+        for segment in self._looped.get(group, ()):
+            if segment.delta is not None:
+                reference.apply_wide(segment.delta.rest[group], x, y, hooked, segment.slice)
+        for segment in self.wide:
             steps = segment.delta.patches.get(group) if segment.delta is not None else None
             if steps:
-                reference.apply_wide(steps, x, y, hooked, segment.slice)
+                reference.apply_wide(steps, x, y, hooked, segment.slice, self.kernels)

@@ -117,15 +117,15 @@ def stats_handler(services: Services, background: Background) -> Callable[[Engin
     """What to do with the engine's reports: metrics, and the registry's note of quarantined deltas."""
 
     def take(stats: EngineStats) -> None:
-        for digest in services.metrics.apply_stats(stats, services.engine.restarts):
-            log.error("delta_quarantined", digest=digest)
-            background.start(_quarantine(services, digest))
+        for digest, reason in services.metrics.apply_stats(stats, services.engine.restarts).items():
+            log.error("delta_quarantined", digest=digest, reason=reason)
+            background.start(_quarantine(services, digest, reason))
 
     return take
 
 
-async def _quarantine(services: Services, digest: str) -> None:
-    await services.registry.quarantine(digest, "its computation failed")
+async def _quarantine(services: Services, digest: str, reason: str) -> None:
+    await services.registry.quarantine(digest, reason)
 
 
 def blob_folder(settings: Settings) -> Path:

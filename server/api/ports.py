@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from server.types import BackboneInfo, DeltaRef, EngineStats, SamplingParams, TokenEvent
+from server.types import BackboneInfo, DeltaRef, EngineStats, ProbeResult, SamplingParams, TokenEvent
 
 
 class Detokenizer(Protocol):
@@ -70,6 +70,6 @@ class Engine(Protocol):
         self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
     ) -> AsyncGenerator[TokenEvent, None]: ...
 
-    async def load(self, delta: DeltaRef) -> None: ...
+    async def load(self, delta: DeltaRef) -> ProbeResult: ...
 
     def drop(self, digest: str) -> None: ...

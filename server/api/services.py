@@ -73,7 +73,9 @@ class ServerState:
 
 @dataclass
 class Services:
-    """What routes work with. ``resident`` is set by the lifespan once the engine is ready."""
+    """What routes work with. ``resident`` is set by the lifespan once the engine is ready; ``exporting`` lets one delta
+    at a time be written in another library's form.
+    """
 
     settings: Settings
     deltas: DeltaStore
@@ -84,6 +86,7 @@ class Services:
     metrics: Metrics
     state: ServerState = field(default_factory=ServerState)
     resident: Backbone | None = None
+    exporting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     on_ready: Callable[[Backbone], None] | None = None
 
     @property

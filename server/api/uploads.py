@@ -20,13 +20,14 @@ from deltas.delta import Delta
 from deltas.formats import native
 from deltas.formats.files import DeltaFiles
 from deltas.weights import FrozenTensors
+from server.api.acceptance import accept
 from server.api.archives import is_archive, unpack
 from server.api.multipart import Form
 from server.api.services import Backbone, Services
 from server.errors import InvalidRequest
 from server.store.reference import check_name
 from server.store.registry import DeltaFields
-from server.types import DeltaRecord, DeltaRef, Principal, Visibility
+from server.types import DeltaRecord, Principal, Visibility
 
 _FIELDS = frozenset({"name", "promote", "visibility", "metadata"})
 _MAX_METADATA = 16
@@ -96,15 +97,15 @@ def _metadata(text: str | None) -> dict[str, str]:
 async def store(services: Services, caller: Principal, form: Form, folder: Path) -> tuple[DeltaRecord, bool]:
     """Make the form's files a version of the caller's delta; False: the same content was there already.
 
-    Raises ``deltas.errors.DeltaError`` for files that are not an exactly servable delta, ``InvalidRequest``.
+    Raises ``deltas.errors.DeltaError`` for files that are not an exactly servable delta, ``DeltaRefused`` for one that
+    does not stand its first forward pass, ``InvalidRequest``.
     """
     backbone = services.accept_work()
     fields = parse_fields(form, backbone.info.name)
     limit = services.settings.max_upload_bytes
     native_file = folder / "native.safetensors"
     delta, rank = await asyncio.to_thread(_convert, form.files, folder, limit, backbone, native_file)
-    # the engine tries it before anybody can name it: a delta it cannot hold is refused, not stored
-    await services.engine.load(DeltaRef(delta.digest, str(native_file)))
+    await accept(services, delta, native_file)  # before anybody can name it
     return await services.deltas.add(
         caller.tenant,
         fields.name,

@@ -27,10 +27,8 @@ from server.errors import InvalidRequest
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
 EDGE_BYTES = 1 << 20
 ATTENTION = "deltaserve"
-SERVED = (
-    "gpt2",
-    "llama",
-)  # decoders that attend through this engine; the other tables are for reading deltas
+# decoders that attend through this engine; the other families have tables for reading deltas and testing them
+SERVED = ("gpt2", "llama")
 
 
 class BackboneError(InvalidRequest):

@@ -39,22 +39,33 @@ from server.errors import (
     DeltaRefused,
     DeltaserveError,
     EngineRestarting,
+    InvalidComposition,
     InvalidRequest,
+    Quarantined,
     RowFailed,
     Unavailable,
 )
-from server.types import BackboneInfo, DeltaRef, EngineStats, SamplingParams, TokenEvent
+from server.types import BackboneInfo, DeltaRef, EngineStats, ProbeResult, SamplingParams, TokenEvent
 
 log = structlog.get_logger(__name__)
 
 ERRORS: dict[str, type[DeltaserveError]] = {
-    cls.code: cls for cls in (ContextTooLong, DeltaRefused, InvalidRequest, RowFailed, Unavailable)
+    cls.code: cls
+    for cls in (
+        ContextTooLong,
+        DeltaRefused,
+        InvalidComposition,
+        InvalidRequest,
+        Quarantined,
+        RowFailed,
+        Unavailable,
+    )
 }
 STOP_SECONDS = 5.0
 LONGEST_PAUSE = 30.0
 MOST_FAILED_STARTS = 5  # then it is not going to work, and saying so is better than trying for ever
 
-_Event = TokenEvent | DeltaserveError | None
+_Event = TokenEvent | ProbeResult | DeltaserveError
 
 
 class EngineClient:
@@ -125,23 +136,27 @@ class EngineClient:
                     if isinstance(event, DeltaserveError):
                         ended = True
                         raise event
-                    if event is not None:
+                    if isinstance(event, TokenEvent):
                         ended = event.finish_reason is not None
                         yield event
             finally:
                 if not ended:
                     side.send(Cancel(request_id))
 
-    async def load(self, delta: DeltaRef) -> None:
-        """Brings a delta to the device now. Raises :class:`DeltaRefused` if it cannot be."""
+    async def load(self, delta: DeltaRef) -> ProbeResult:
+        """Brings a delta to the device now and says what it does there.
+
+        Raises :class:`DeltaRefused` if it cannot be there, :class:`InvalidComposition` for a sum of good deltas.
+        """
         async with self._conversation() as (request_id, side, events):
             side.send(Load(request_id, delta))
-            event = await events.get()
-            if isinstance(event, DeltaserveError):
-                raise event
+            while not isinstance(event := await events.get(), ProbeResult):
+                if isinstance(event, DeltaserveError):
+                    raise event
+            return event
 
     def drop(self, digest: str) -> None:
-        """Forgets a delta in every tier, once its running rows are done."""
+        """Forgets a delta, and every sum it is part of, in every tier, once its running rows are done."""
         if self._side is not None:
             self._side.send(Drop(digest))
 
@@ -219,9 +234,9 @@ class EngineClient:
             case Failed(request_id, code, message):
                 if (queue := self._waiting.get(request_id)) is not None:
                     queue.put_nowait(ERRORS.get(code, RowFailed)(message))
-            case Loaded(request_id):
+            case Loaded(request_id, result):
                 if (queue := self._waiting.get(request_id)) is not None:
-                    queue.put_nowait(None)
+                    queue.put_nowait(result)
             case Stats(stats):
                 if self.on_stats is not None:
                     self.on_stats(stats)

@@ -29,12 +29,14 @@ from server.engine.messages import (
     Step,
     Submit,
 )
+from server.engine.probe import Probe
+from server.engine.quarantine import Quarantine
 from server.engine.residency import LoadFailure, Residency
 from server.engine.runner import Runner, StepOutput
 from server.engine.sampler import RowSampler, sample
 from server.engine.scheduler import Plan, PlannedRow, Scheduler
 from server.engine.sequence import Sequence
-from server.errors import DeltaRefused, DeltaserveError, RowFailed
+from server.errors import DeltaRefused, DeltaserveError, InvalidComposition, Quarantined, RowFailed
 from server.types import BackboneInfo, EngineStats, FinishReason, TokenEvent, TokenLogprob
 
 log = structlog.get_logger(__name__)
@@ -84,7 +86,8 @@ class Engine:
         self._batch_rows: list[int] = []
         self._batch_deltas: list[int] = []
         self._queued: list[float] = []
-        self._quarantined: list[str] = []
+        self._quarantine = Quarantine()
+        self._probe = Probe(runner)
         backbone = runner.backbone
         self.residency = Residency(
             backbone.spec,
@@ -144,8 +147,7 @@ class Engine:
                 self._loads.setdefault(request.delta.digest, []).append(request)
             case Drop(digest):
                 self.residency.drop(digest)
-                if digest in self._quarantined:
-                    self._quarantined.remove(digest)
+                self._quarantine.forget(digest)
             case _Wake():
                 pass
 
@@ -160,6 +162,8 @@ class Engine:
         )
         eos = self.info.eos_token_ids
         try:
+            if seq.delta is not None and self._quarantine.refuses(seq.delta):
+                raise Quarantined("this sum of deltas is quarantined: its computation failed before")
             sampler = RowSampler(
                 seq.sampling, seq.prompt, vocab=self.runner.backbone.spec.vocab, eos_token_ids=eos
             )
@@ -261,10 +265,13 @@ class Engine:
 
     def _poisoned(self, seq: Sequence) -> None:
         """A row's logits are not numbers. Only its delta (or the backbone) can be the cause; neighbours are fine."""
-        if seq.delta is not None and seq.digest not in self._quarantined:
-            self._quarantined.append(seq.digest)
+        what = "delta"
+        if seq.delta is not None:
+            dtype = self.info.dtype
+            self._quarantine.add(seq.delta, f"a row that it served became NaN or infinite in {dtype}")
+            what = "sum of deltas" if seq.delta.parts else what
         self.scheduler.finish(seq)
-        self._fail(seq, RowFailed.code, "the row's output is not a number; its delta is quarantined")
+        self._fail(seq, RowFailed.code, f"the row's output is not a number; its {what} is quarantined")
 
     def _fail(self, seq: Sequence, code: str, message: str) -> None:
         self._close(seq)
@@ -280,17 +287,30 @@ class Engine:
 
     def _fail_load(self, failure: LoadFailure) -> None:
         log.warning("delta load failed", digest=failure.digest, reason=failure.message)
+        load_code, row_code, message = DeltaRefused.code, RowFailed.code, failure.message
+        if failure.of_sum:
+            load_code = row_code = InvalidComposition.code
         for load in self._loads.pop(failure.digest, []):
-            self._send(Failed(load.id, DeltaRefused.code, failure.message))
+            self._send(Failed(load.id, load_code, message))
+        what = "these deltas cannot be composed" if failure.of_sum else "the delta could not be loaded"
         for seq in self.scheduler.fail_waiting(failure.digest):
-            self._fail(seq, RowFailed.code, f"the delta could not be loaded: {failure.message}")
+            self._fail(seq, row_code, f"{what}: {message}")
 
     def _answer_loads(self) -> None:
+        """Tries one delta that has arrived on the device: a probe costs a small step, so rows wait for one at most."""
         for digest, loads in list(self._loads.items()):
-            if self.residency.resident(loads[-1].delta) is not None:
-                del self._loads[digest]
-                for load in loads:
-                    self._send(Loaded(load.id))
+            delta = self.residency.resident(loads[-1].delta)
+            if delta is None:
+                continue
+            del self._loads[digest]
+            result = self._probe.run(delta)
+            if result.message:
+                log.warning("probe", digest=digest, outcome=result.outcome, message=result.message)
+            for load in loads:
+                self._send(Loaded(load.id, result))
+            if self._loads:
+                self._inbox.put(_Wake())  # more may be there already
+            return
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -313,7 +333,7 @@ class Engine:
                     loads_from_host=counts.from_host,
                     loads_from_disk=counts.from_disk,
                     load_failures=counts.failures,
-                    quarantined=list(self._quarantined),
+                    quarantined=dict(self._quarantine.deltas),
                     load_seconds=counts.seconds,
                     batch_rows=self._batch_rows,
                     batch_deltas=self._batch_deltas,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from server.types import BackboneInfo, DeltaRef, EngineStats, SamplingParams, TokenEvent
+from server.types import BackboneInfo, DeltaRef, EngineStats, ProbeResult, SamplingParams, TokenEvent
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
@@ -29,13 +29,13 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
 
 
 class Drop(msgspec.Struct, tag="drop", frozen=True):
-    """Forget a delta in every tier, once no running row uses it."""
+    """Forget a delta, and every sum it is part of, in every tier, once no running row uses it."""
 
     digest: str
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
-    """Bring a delta onto the device (ahead of use, or to check it). Answered by ``Loaded`` or ``Failed``."""
+    """Bring a delta onto the device and try it there. Answered by ``Loaded`` or ``Failed``."""
 
     id: int
     delta: DeltaRef
@@ -60,9 +60,10 @@ class Step(msgspec.Struct, tag="step", frozen=True):
 
 
 class Loaded(msgspec.Struct, tag="loaded", frozen=True):
-    """Answer to ``Load``."""
+    """Answer to ``Load``: the delta is on the device, and this is what it did there."""
 
     id: int
+    probe: ProbeResult
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):

@@ -17,22 +17,25 @@ from pathlib import Path
 import torch
 
 from deltas import methods
-from deltas.bank import PackedDelta, pack
+from deltas.bank import PackedDelta
+from deltas.delta import Delta
 from deltas.errors import DeltaError
 from deltas.formats import native
+from deltas.pack import pack
 from deltas.sites import BackboneSpec
 from deltas.weights import Source
-from server.types import DeltaRef
+from server.types import DeltaPart, DeltaRef
 
 LOADERS = 2
 
 
 @dataclass(frozen=True)
 class LoadFailure:
-    """A delta that could not be brought to the device."""
+    """A delta that could not be brought to the device. ``of_sum``: its parts are sound, what is asked of them is not."""
 
     digest: str
     message: str
+    of_sum: bool = False
 
 
 @dataclass(eq=False)
@@ -53,6 +56,8 @@ class Counts:
 
 class Residency:
     """Device and host tiers with byte budgets, both least-recently-used. Owned by the step loop.
+
+    A sum of deltas is a delta like any other here, but that it goes when one of its parts is dropped.
 
     ``weights`` gives the backbone's own tensors to methods that depend on them. ``finish`` turns a packed delta into
     what is kept on the device (a soft prompt's keys and values are computed there) and may refuse it with a
@@ -80,12 +85,13 @@ class Residency:
         self._on_device: OrderedDict[str, _Resident] = OrderedDict()
         self._on_host: OrderedDict[str, PackedDelta] = OrderedDict()
         self._loading: set[str] = set()  # in a loader's hands
+        self._sums: dict[str, frozenset[str]] = {}  # the digests of a sum's parts, for sums in any tier
         self._asked: dict[str, float] = {}  # when a delta that is not on the device was first asked for
         self._dropped: set[str] = set()
         self._short: str | None = None  # the delta that waits for room: no other may take what it needs
         self._short_asked = False
         self._promised: set[str] = set()  # found on the device in this step: not evicted before the next
-        self._done: list[tuple[str, PackedDelta | DeltaError | OSError]] = []
+        self._done: list[tuple[str, PackedDelta | LoadFailure]] = []
         self._failed: list[LoadFailure] = []
         self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="delta-loader")
         self.counts = Counts()
@@ -97,6 +103,8 @@ class Residency:
         if digest not in self._on_device and digest not in self._on_host and digest not in self._loading:
             self._loading.add(digest)
             self._asked[digest] = time.monotonic()
+            if ref.parts:
+                self._sums[digest] = frozenset(part.digest for part in ref.parts)
             self._pool.submit(self._load, ref)
 
     def resident(self, ref: DeltaRef) -> PackedDelta | None:
@@ -121,10 +129,17 @@ class Residency:
         """A row ended."""
         self._on_device[digest].references -= 1
         if digest in self._dropped:
-            self.drop(digest)
+            self._drop(digest)
 
     def drop(self, digest: str) -> None:
-        """The delta was deleted: it leaves every tier, once its last row is done and no loader is at it."""
+        """The delta was deleted: it and the sums it is part of leave every tier, once their last row is done and no
+        loader is at them.
+        """
+        self._drop(digest)
+        for whole in [whole for whole, parts in self._sums.items() if digest in parts]:
+            self._drop(whole)
+
+    def _drop(self, digest: str) -> None:
         found = self._on_device.get(digest)
         if digest in self._loading or (found is not None and found.references):
             self._dropped.add(digest)
@@ -144,9 +159,10 @@ class Residency:
                 self._keep_on_host(digest, result)
                 self.counts.from_disk += 1
             else:
-                self._fail(digest, str(result))
+                self._fail(result)
             if digest in self._dropped:
-                self.drop(digest)
+                self._drop(digest)
+        self._forget_sums()
         if not self._short_asked:
             self._short = None  # nobody wants it any more
         self._short_asked = False
@@ -186,13 +202,19 @@ class Residency:
     def _refuse(self, digest: str, message: str) -> None:
         """A delta that was read cannot be placed; the next step hears of it."""
         self._on_host.pop(digest)
-        self._fail(digest, message)
+        self._fail(LoadFailure(digest, message, of_sum=digest in self._sums))
         self._wake()
 
-    def _fail(self, digest: str, message: str) -> None:
-        self._asked.pop(digest, None)
+    def _fail(self, failure: LoadFailure) -> None:
+        self._asked.pop(failure.digest, None)
         self.counts.failures += 1
-        self._failed.append(LoadFailure(digest, message))
+        self._failed.append(failure)
+
+    def _forget_sums(self) -> None:
+        """Lets go of what is known of sums that have left every tier, once they may outnumber those that are in one."""
+        if len(self._sums) > len(self._on_device) + len(self._on_host) + len(self._loading):
+            held = self._on_device.keys() | self._on_host.keys() | self._loading
+            self._sums = {digest: parts for digest, parts in self._sums.items() if digest in held}
 
     def _make_room(self, nbytes: int) -> bool:
         over = self.bytes_on_device + nbytes - self._device_bytes
@@ -223,20 +245,27 @@ class Residency:
             self._asked.pop(old, None)
 
     def _load(self, ref: DeltaRef) -> None:
-        result: PackedDelta | DeltaError | OSError
+        result: PackedDelta | LoadFailure
         try:
-            delta = native.load(Path(ref.path))
-            if delta.digest != ref.digest:
-                raise DeltaError(f"the stored tensors of {ref.digest[:12]} are damaged: their digest differs")
-            pin = self._device.type == "cuda"
-            patches = methods.lower(delta, self._spec, self._weights)
-            result = pack(patches, self._spec, self._dtype, pin=pin)
-        except (DeltaError, OSError) as error:
-            result = error
+            result = self._lowered(ref)
         except Exception as error:  # noqa: BLE001 - a loader must always answer: its rows wait for it
-            result = DeltaError(f"{type(error).__name__}: {error}")
+            result = LoadFailure(ref.digest, f"{type(error).__name__}: {error}")
         self._done.append((ref.digest, result))
         self._wake()
+
+    def _lowered(self, ref: DeltaRef) -> PackedDelta | LoadFailure:
+        """Reads and verifies every part, each by itself; only then is what fails the sum's fault."""
+        try:
+            parts = [(_read(part), part.weight) for part in ref.summands]
+            for delta, _ in parts:
+                methods.check(delta, self._spec)
+        except (DeltaError, OSError) as error:
+            return LoadFailure(ref.digest, str(error))
+        try:
+            patches = methods.lower_sum(parts, self._spec, self._weights)
+            return pack(patches, self._spec, self._dtype, pin=self._device.type == "cuda")
+        except DeltaError as error:
+            return LoadFailure(ref.digest, str(error), of_sum=bool(ref.parts))
 
     @property
     def bytes_on_device(self) -> int:
@@ -257,3 +286,10 @@ class Residency:
     def close(self) -> None:
         """Stops the loaders."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read(part: DeltaPart) -> Delta:
+    delta = native.load(Path(part.path))
+    if delta.digest != part.digest:
+        raise DeltaError(f"the stored tensors of {part.digest[:12]} are damaged: their digest differs")
+    return delta

@@ -113,7 +113,7 @@ class Runner:
         position_tensor = torch.tensor([positions], device=device)
         prepared = time.perf_counter()
         self.hooks.plan = composition.body
-        hidden = self._forward(attention, position_tensor, input_ids=id_tensor)[0]
+        hidden = self.forward(attention, position_tensor, input_ids=id_tensor)[0]
         computed = time.perf_counter()
         self.hooks.plan = composition.head
         if len(lines) != len(ids):
@@ -144,7 +144,7 @@ class Runner:
         attention = Attention(self.kv, self.ops.kernels, [self.scratch_slot], [held], [n])
         positions = torch.arange(n, device=self.backbone.device)[None]
         self.hooks.plan = self.ops.plan([Segment(0, n, delta)], n)
-        self._forward(attention, positions, inputs_embeds=delta.prompt[None])
+        self.forward(attention, positions, inputs_embeds=delta.prompt[None])
         self.hooks.plan = None
         self.ops.forget(delta)
         return delta.with_prefix(self.kv.read_prefix(self.scratch_slot, held + n))
@@ -154,7 +154,11 @@ class Runner:
         self.ops.forget(delta)
         self._kept = None
 
-    def _forward(self, attention: Attention, positions: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(self, attention: Attention, positions: Tensor, **inputs: Tensor) -> Tensor:
+        """The backbone's layers over packed tokens, with ``hooks.plan`` applied: ``[1, tokens, hidden]``.
+
+        ``positions`` ``[1, tokens]``; ``inputs`` are ``input_ids`` or ``inputs_embeds``.
+        """
         out = self.backbone.model.base_model(
             **inputs, position_ids=positions, use_cache=False, deltaserve_attention=attention
         )

@@ -8,7 +8,7 @@
 --       6 quarantined  hash: digest -> reason
 -- ARGV  1 tenant ("" if it needs no record)   2 name   3 digest   4 JSON of what never changes
 --       5 visibility: "public", "private", or "" (private if new, else as it is)   6 "1": move `live` here
--- Gives {created 0|1, version, JSON, public 0|1, quarantined 0|1}, or nothing when there is no such tenant.
+-- Gives {created 0|1, version, JSON, public 0|1, reason of its quarantine or nothing}, or nothing when there is no such tenant.
 
 if ARGV[1] ~= "" and redis.call("HEXISTS", KEYS[1], ARGV[1]) == 0 then
   return false
@@ -42,5 +42,5 @@ return {
   tonumber(version),
   redis.call("HGET", KEYS[3], "v:" .. version),
   redis.call("HEXISTS", KEYS[3], "p:" .. version),
-  redis.call("HEXISTS", KEYS[6], ARGV[3]),
+  redis.call("HGET", KEYS[6], ARGV[3]),
 }

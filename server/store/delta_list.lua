@@ -4,7 +4,7 @@
 --       2 quarantined  hash: digest -> reason
 -- ARGV  1 what the delta hashes' names begin with (the rest is the delta's name; they depend on what is read)
 --       2 the name after which to begin ("" for the first page)   3 how many
--- Gives {more 0|1, {name, version, JSON, public 0|1, quarantined 0|1} ...}, or nothing when name 2 is not there.
+-- Gives {more 0|1, {name, version, JSON, public 0|1, reason of its quarantine or nothing} ...}, or nothing when name 2 is not there.
 
 local first = 0
 if ARGV[2] ~= "" then
@@ -25,7 +25,7 @@ for i = 1, math.min(limit, #names) do
     tonumber(version),
     redis.call("HGET", delta, "v:" .. version),
     redis.call("HEXISTS", delta, "p:" .. version),
-    redis.call("HEXISTS", KEYS[2], redis.call("HGET", delta, "g:" .. version)),
+    redis.call("HGET", KEYS[2], redis.call("HGET", delta, "g:" .. version)),
   }
 end
 return page

@@ -268,15 +268,16 @@ def check_limit(limit: int) -> None:
 
 
 def _record(tenant: str, name: str, row: Sequence[Any]) -> DeltaRecord:
-    """From a script's {version, JSON, public, quarantined}."""
-    version, text, public, quarantined = row
+    """From a script's {version, JSON, public, the reason of its quarantine or nothing}."""
+    version, text, public, reason = row
     fields = msgspec.structs.asdict(msgspec.json.decode(text, type=DeltaFields))
     return DeltaRecord(
         id=f"{name}@{version}",
         tenant=tenant,
         name=name,
         version=version,
-        status="quarantined" if quarantined else "ready",
+        status="ready" if reason is None else "quarantined",
+        status_reason=None if reason is None else as_text(reason),
         visibility="public" if public else "private",
         **fields,
     )

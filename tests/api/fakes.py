@@ -14,6 +14,7 @@ from server.types import (
     BackboneInfo,
     DeltaRef,
     EngineStats,
+    ProbeResult,
     SamplingParams,
     TokenEvent,
     TokenLogprob,
@@ -23,6 +24,7 @@ EOS = 256
 VOCAB = 300
 MAX_MODEL_LEN = 512
 NAME = "tiny-llama"
+CHANGES = ProbeResult("changes")
 
 INFO = BackboneInfo(
     name=NAME,
@@ -111,6 +113,7 @@ class FakeEngine:
     fail_after: int | None = None
     failure: DeltaserveError | None = None
     load_failure: DeltaserveError | None = None
+    probe: ProbeResult = CHANGES
     not_ready: str | None = None
     info: BackboneInfo | None = INFO
     restarts: int = 0
@@ -125,7 +128,7 @@ class FakeEngine:
     def reset(self) -> None:
         """As new."""
         fresh = FakeEngine()
-        for name in ("reply", "hang_after", "fail_after", "failure", "load_failure", "not_ready"):
+        for name in ("reply", "hang_after", "fail_after", "failure", "load_failure", "probe", "not_ready"):
             setattr(self, name, getattr(fresh, name))
         for name in ("calls", "dropped", "started", "ended"):
             setattr(self, name, getattr(fresh, name))
@@ -139,9 +142,10 @@ class FakeEngine:
     async def wait_ready(self) -> BackboneInfo:
         return INFO
 
-    async def load(self, delta: DeltaRef) -> None:
+    async def load(self, delta: DeltaRef) -> ProbeResult:
         if self.load_failure is not None:
             raise self.load_failure
+        return self.probe
 
     def drop(self, digest: str) -> None:
         self.dropped.append(digest)

@@ -209,7 +209,7 @@ def test_ignored_fields_are_taken(http: httpx.Client) -> None:
         ({"messages": [{"role": "user"}]}, "messages.0"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
         ({"model": ""}, "model"),
-        ({"model": "a+b"}, "model"),
+        ({"model": "a+"}, "model"),
     ],
 )
 def test_refusals_name_the_field(http: httpx.Client, server: Running, fields: Any, param: str) -> None:

@@ -18,10 +18,21 @@ from server.types import EngineStats
 from tests.api.fakes import NAME
 from tests.api.running import Running, lora_files, push
 
-# CONTRACT.md's delta object
+# CONTRACT.md's delta object, and why its status is not "ready"
 FIELDS = {
     *("id", "object", "name", "version", "digest", "methods", "format", "backbone", "parameters", "bytes"),
-    *("rank", "sites", "task_kind", "labels", "status", "aliases", "visibility", "created_at", "metadata"),
+    *(
+        "rank",
+        "sites",
+        "task_kind",
+        "labels",
+        "status",
+        "status_reason",
+        "aliases",
+        "visibility",
+        "created_at",
+        "metadata",
+    ),
 }
 
 
@@ -229,14 +240,27 @@ def test_quarantine(tenant: httpx.Client, server: Running, tmp_path: Path) -> No
     made = push(tenant, lora_files(tmp_path, seed=5), name="bad").json()
     take = server.engine.on_stats
     assert take is not None
-    server.call(lambda: take(EngineStats(quarantined=[made["digest"]])))
+    server.call(lambda: take(EngineStats(quarantined={made["digest"]: "a row was odd"})))
     body = {"model": "bad", "messages": [{"role": "user", "content": "x"}]}
     for _ in range(100):
         answer = tenant.post("/v1/chat/completions", json=body)
         if answer.status_code == 409:
             break
-    assert answer.json()["error"]["code"] == "delta_quarantined"
-    assert tenant.get("/v1/deltas/bad").json()["status"] == "quarantined"
+    error = answer.json()["error"]
+    assert (error["code"], error["message"]) == (
+        "delta_quarantined",
+        "The delta 'bad' is quarantined: a row was odd.",
+    )
+    shown = made | {"status": "quarantined", "status_reason": "a row was odd"}
+    for path in ("/v1/deltas/bad", "/v1/deltas/bad/versions/1"):
+        assert tenant.get(path).json() == shown
+    for path in ("/v1/deltas", "/v1/deltas/bad/versions"):
+        assert tenant.get(path).json()["data"] == [shown]
+    again = push(tenant, lora_files(tmp_path, seed=5), name="bad")
+    assert (again.status_code, again.json()) == (200, shown)
+    assert tenant.delete("/v1/deltas/bad").status_code == 200
+    anew = push(tenant, lora_files(tmp_path, seed=5), name="bad").json()
+    assert (anew["status"], anew["status_reason"]) == ("ready", None)
 
 
 def test_paging(tenant: httpx.Client, tmp_path: Path) -> None:

@@ -89,12 +89,6 @@ def test_counts_and_sizes(folder: Path) -> None:
     assert len(unpack(zipped({"a/x": b"1", "b/y": b"2"}, folder / "b.zip"), "b.zip", folder / "out", 2)) == 2
 
 
-def test_repeated_names(folder: Path) -> None:
-    path = zipped({"a/x": b"1", "b/x": b"2"}, folder / "a.zip")
-    with pytest.raises(InvalidRequest, match="Two of"):
-        unpack(path, path.name, folder / "out", LIMIT)
-
-
 def test_hostile_headers(folder: Path) -> None:
     pax = tarfile.TarInfo("pax")
     pax.type, pax.size = tarfile.XHDTYPE, 64 << 20

@@ -17,7 +17,8 @@ It reads ``fixtures/backbones/<family>`` and writes
     <family>/<case>/               what ``save_finetuned`` wrote, untouched: config.json, pytorch_model.bin
     <family>/expected.safetensors  ``ids.<n>`` int64 [length] (T5 also ``decoder_ids.<n>``), the logits ``base.<n>``
                                    and ``<case>.<n>``, float32 [length, vocab], of the real tokens only
-    index.json                     the cases' delta types and arguments, why the library lacks the others, versions
+    index.json                     the cases' delta types and arguments, why the library lacks the others; its configs'
+                                   defaults, the common names in its tables, versions
 
 The logits are those of a fresh model that *loaded* the saved folder by ``AutoDeltaModel.from_finetuned``, one
 unpadded sequence at a time, in one pass.
@@ -58,6 +59,7 @@ HERE = Path(__file__).parent
 BACKBONES = HERE / "fixtures" / "backbones"
 FOLDER = HERE / "fixtures" / "opendelta_table"
 LENGTHS = ((1, 2), (5, 3), (9, 5))
+LABELS = 3
 CLASSES: dict[str, Any] = {
     "llama": transformers.LlamaForCausalLM,
     "gpt2": transformers.GPT2LMHeadModel,
@@ -89,10 +91,16 @@ def library() -> Any:
     return module
 
 
-def fresh(family: str) -> Any:
-    """The backbone from disk. Before transformers 5 a T5 whose head is tied always scales the decoder's output."""
+def fresh(family: str, head: str = "") -> Any:
+    """The backbone from disk, with another head (then a random one) if ``head`` ends the name of another class.
+
+    Before transformers 5 a T5 whose head is tied always scales the decoder's output.
+    """
     path = BACKBONES / family
-    model = CLASSES[family].from_pretrained(path, torch_dtype=torch.float32)
+    kind = CLASSES[family]
+    if head:
+        kind = getattr(transformers, kind.__name__.replace("LMHeadModel", "For").partition("For")[0] + head)
+    model = kind.from_pretrained(path, torch_dtype=torch.float32, **({"num_labels": LABELS} if head else {}))
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if config.get("scale_decoder_outputs") is False:
         model.config.tie_word_embeddings = False
@@ -101,12 +109,17 @@ def fresh(family: str) -> Any:
 
 @torch.no_grad()
 def logits(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Float32 logits ``[length, vocab]`` of one sequence, without those of a soft prompt before it."""
+    """Float32 logits ``[length, vocab]`` of one sequence, without those of a soft prompt before it.
+
+    Or what another head gives: ``[labels]``, ``[length, labels]``.
+    """
     ids = inputs["ids"][None]
     options = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "decoder_ids" in inputs:
         options["decoder_input_ids"] = inputs["decoder_ids"][None]
     result: Tensor = model(**options).logits[0]
+    if result.dim() == 1:
+        return result.float().contiguous()
     return result[-options.get("decoder_input_ids", ids).shape[1] :].float().contiguous()
 
 
@@ -118,8 +131,8 @@ def redraw(model: nn.Module, seed: int) -> int:
         if not parameter.requires_grad:
             continue
         count += 1
-        # a compacter multiplies three factors, of three dimensions each: they need not be as small
-        scale = 0.8 if parameter.dim() == 3 else 0.3
+        # factors of a factor, of three dimensions, need not be as small
+        scale = 0.8 if parameter.dim() == 3 and not name.endswith(".W") else 0.3
         noise = scale * torch.randn(parameter.shape, generator=generator)
         norm = "norm" in name.lower() or ".ln_" in name
         parameter.data.copy_(noise + 1 if norm and name.endswith(".weight") else noise)
@@ -130,7 +143,7 @@ def make_case(opendelta: Any, family: str, case: Case, folder: Path, rows: list[
     """Save one delta, load it into a fresh backbone and return that model's logits for each row."""
     arguments = {**case.arguments, **case.by_family.get(family, {})}  # type: ignore[dict-item]
     kind = opendelta.auto_delta.LAZY_DELTA_MAPPING[opendelta.auto_delta.LAZY_CONFIG_MAPPING[case.delta]]
-    source = fresh(family)
+    source = fresh(family, case.head)
     delta = kind(source, **arguments)
     if case.warm:
         logits(source, rows[0])
@@ -142,7 +155,7 @@ def make_case(opendelta: Any, family: str, case: Case, folder: Path, rows: list[
     made = [logits(source, row) for row in rows]
     delta.save_finetuned(str(folder))
 
-    model = fresh(family)
+    model = fresh(family, case.head)
     loaded = opendelta.AutoDeltaModel.from_finetuned(str(folder), model)
     if case.warm:
         logits(model, rows[0])
@@ -194,15 +207,41 @@ def make_family(opendelta: Any, family: str) -> tuple[dict[str, Any], dict[str, 
             continue
         results = make_case(opendelta, family, case, folder / case.name, rows)
         for n, (got, plain) in enumerate(zip(results, base, strict=True)):
-            change = float((got - plain).abs().max() / plain.abs().max())
+            change = 1.0 if case.head else float((got - plain).abs().max() / plain.abs().max())
             if change < 0.01:
                 raise RuntimeError(
                     f"{family}/{case.name}: hardly changes the logits of row {n} ({change:.3g})"
                 )
             tensors[f"{case.name}.{n}"] = got
-        made[case.name] = {"delta_type": case.delta, "arguments": {**case.arguments, **special}}
+        made[case.name] = {
+            "delta_type": case.delta,
+            "arguments": {**case.arguments, **special},
+            "head": case.head,
+        }
     save_file(tensors, folder / "expected.safetensors")
     return made, lacks
+
+
+def defaults(opendelta: Any) -> dict[str, dict[str, Any]]:
+    """Every key of every config class, with what it is where a file lacks it."""
+    classes = opendelta.auto_delta.LAZY_CONFIG_MAPPING
+    versions = ("opendelta_version", "transformers_version")
+    return {
+        kind: {key: value for key, value in classes[kind]().to_dict().items() if key not in versions}
+        for kind in classes.keys()  # noqa: SIM118 (its iterator has other keys)
+    }
+
+
+def common_names(opendelta: Any, family: str) -> dict[str, str]:
+    """Module path -> common name, of what has one, without the second layers."""
+    model = fresh(family)
+    try:
+        table = opendelta.CommonStructureMap(model)
+    except KeyError:
+        return {}
+    paths = [path for path, _ in model.named_modules() if path and ".1" not in path.replace("layer.1", "")]
+    names = {path: table.transform(path, strict=False)[0] for path in paths}
+    return {path: name for path, name in names.items() if "@" in name}
 
 
 def main() -> None:
@@ -222,6 +261,8 @@ def main() -> None:
         "rows": len(LENGTHS),
         "cases": cases,
         "lacks": lacks,
+        "defaults": defaults(opendelta),
+        "common_names": {family: common_names(opendelta, family) for family in FAMILIES},
         "versions": {
             "opendelta": importlib.metadata.version("opendelta"),
             "torch": torch.__version__,

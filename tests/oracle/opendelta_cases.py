@@ -30,7 +30,8 @@ class Case:
 
     ``by_family`` is laid over ``arguments``, a ``Lack`` instead of arguments where the library cannot. ``warm`` runs
     the model once before freezing, and loads by ``load_checkpoint`` after another such run: some parameters exist
-    only from the first forward pass on.
+    only from the first forward pass on. ``head`` is the end of the model class's name (``ForTokenClassification``)
+    where it is not the language model's.
     """
 
     name: str
@@ -38,11 +39,15 @@ class Case:
     arguments: Arguments = field(default_factory=dict)
     by_family: Mapping[str, Arguments | Lack] = field(default_factory=dict)
     warm: bool = False
+    head: str = ""
 
 
 NO_TABLE = Lack("OpenDelta has no table of common names for Llama: modified_modules must be given")
 FUSED = "GPT-2's linears are Conv1D, which has no in_features: OpenDelta puts LoRA on torch.nn.Linear only"
-NO_BIAS = "linears of this family have no bias, and OpenDelta fails to add one: it fills the bias before it exists"
+NO_BIAS = (
+    "linears of this family have no bias, and OpenDelta fails to add one: it fills the bias before it exists"
+)
+NO_CLASSIFIER = Lack("transformers 4.31 has no T5 with such a head", None)
 AS_T5 = Lack("the same modules as in a T5 that is not gated", None)
 
 CASES = (
@@ -268,7 +273,11 @@ CASES = (
         {"bottleneck_dim": 4, "non_linearity": "leakyrelu"},
         {
             "llama": {"modified_modules": ["o_proj"], "unfrozen_modules": ["deltas", "1.mlp.up_proj"]},
-            "gpt2": {"unfrozen_modules": ["deltas", "embeddings@"]},
+            "gpt2": {
+                "modified_modules": ["attn.c_proj"],
+                "unfrozen_modules": ["deltas", "wte", "lm_head", "1.mlp.c_fc"],
+                "exclude_modules": ["transformer.wpe"],
+            },
             "bert": {"unfrozen_modules": ["deltas", "cls", "1.attn@.v@"]},
             "roberta": {"unfrozen_modules": ["deltas", "lm_head"], "exclude_modules": ["roberta.embeddings"]},
             "t5": {
@@ -277,7 +286,8 @@ CASES = (
             },
             "t5_gated": {
                 "modified_modules": ["1.layer.1.DenseReluDense.wo"],
-                "unfrozen_modules": ["deltas", "shared", "embed_tokens"],
+                "unfrozen_modules": ["deltas", "shared", "embed_tokens", "lm_head"],
+                "exclude_modules": ["decoder.final_layer_norm"],
             },
         },
     ),
@@ -293,5 +303,34 @@ CASES = (
             "t5": {"unfrozen_modules": ["deltas", "final_layer_norm", "layer_norm@"]},
             "t5_gated": {"unfrozen_modules": ["deltas", "relative_attention_bias"]},
         },
+    ),
+    # A trained task head beside the delta, in the file under the head's own names.
+    Case(
+        "adapter_and_classifier",
+        "adapter",
+        {"bottleneck_dim": 4},
+        {
+            "llama": {"modified_modules": ["down_proj"], "unfrozen_modules": ["deltas", "score"]},
+            "gpt2": {"modified_modules": ["mlp.c_proj"], "unfrozen_modules": ["deltas", "score"]},
+            "bert": {"modified_modules": ["1.output.dense"], "unfrozen_modules": ["deltas", "classifier", "pooler"]},
+            "roberta": {"modified_modules": ["1.output.dense"], "unfrozen_modules": ["deltas", "classifier"]},
+            "t5": NO_CLASSIFIER,
+            "t5_gated": NO_CLASSIFIER,
+        },
+        head="ForSequenceClassification",
+    ),
+    Case(
+        "bitfit_and_tagger",
+        "bitfit",
+        {"unfrozen_modules": ["deltas", "classifier"]},
+        {
+            "llama": Lack("transformers 4.31 has no Llama for token classification", None),
+            "gpt2": {"modified_modules": ["1.mlp"]},
+            "bert": {"modified_modules": ["0.intermediate.dense"]},
+            "roberta": {"modified_modules": ["1.attention"]},
+            "t5": NO_CLASSIFIER,
+            "t5_gated": NO_CLASSIFIER,
+        },
+        head="ForTokenClassification",
     ),
 )  # fmt: skip

@@ -22,14 +22,15 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from deltas import methods
+from deltas import heads, methods
 from deltas.attach import attach
 from deltas.backbones import describe
-from deltas.bank import PackedDelta, pack
+from deltas.bank import PackedDelta
 from deltas.batch import Segment
 from deltas.delta import Delta
 from deltas.groups import site_groups
 from deltas.ops import Mode, Ops
+from deltas.pack import pack
 from deltas.patches import KVPrefix
 from deltas.sites import SiteKind
 from deltas.weights import FrozenTensors
@@ -79,6 +80,7 @@ class PaddedRunner:
         self.ops = Ops(len(site_groups(self.spec)), torch.device("cpu"), torch.float32, mode)
         self.hooks = attach(self.model, self.spec, self.ops)
         self.batch = _Batch()
+        self._hidden: list[Tensor] = []
         modules = dict(self.model.named_modules())
         for site in self.spec.of_kind(SiteKind.KV):
             object.__setattr__(modules[site.path], "oracle_site", site.name)
@@ -121,26 +123,42 @@ class PaddedRunner:
         self.batch.lengths = lengths
         width = embeds.shape[1] + max(after)
         self.hooks.plan = self._plan(rows, lengths, width)
-        logits = self._forward(rows, embeds, positions)
+        logits, hidden = self._forward(rows, embeds, positions)
         self.hooks.plan = self.hooks.decoder_plan = None
+        self._hidden = [hidden[i, : lengths[i]] for i in range(len(rows))]
         if self.spec.kind == "encoder-decoder":
             return [logits[i, : self.batch.decoder_lengths[i]] for i in range(len(rows))]
         return [logits[i, lengths[i] - own[i] : lengths[i]] for i in range(len(rows))]
 
-    def _forward(self, rows: Sequence[PaddedRow], embeds: Tensor, positions: Tensor) -> Tensor:
-        out: Tensor
+    def classes(self, rows: Sequence[PaddedRow]) -> list[Tensor]:
+        """What each row's own head makes of its last hidden states (prompt tokens included)."""
+        self.logits(rows)
+        found = []
+        for row, hidden in zip(rows, self._hidden, strict=True):
+            if row.delta is None or row.delta.head is None:
+                raise ValueError(f"{row.name} has no head")
+            found.append(heads.apply(row.delta.head, hidden))
+        return found
+
+    def _forward(self, rows: Sequence[PaddedRow], embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the last hidden states (the encoder's, for an encoder-decoder)."""
         if self.spec.kind == "encoder-decoder":
             decoder = [list(row.decoder_ids or []) for row in rows]
             self.batch.decoder_lengths = [len(ids) for ids in decoder]
             ids = _padded([torch.tensor(part) for part in decoder])
             self.hooks.decoder_plan = self._plan(rows, self.batch.decoder_lengths, ids.shape[1])
-            out = self.model(inputs_embeds=embeds, decoder_input_ids=ids, use_cache=False).logits
+            out = self.model(
+                inputs_embeds=embeds, decoder_input_ids=ids, use_cache=False, output_hidden_states=True
+            )
+            return out.logits, out.encoder_last_hidden_state
         elif self.spec.kind == "encoder":
             start = self.model.config.pad_token_id + 1 if self.spec.family == "roberta" else 0
-            out = self.model(inputs_embeds=embeds, position_ids=positions + start).logits
+            out = self.model(inputs_embeds=embeds, position_ids=positions + start, output_hidden_states=True)
         else:
-            out = self.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits
-        return out
+            out = self.model(
+                inputs_embeds=embeds, position_ids=positions, use_cache=False, output_hidden_states=True
+            )
+        return out.logits, out.hidden_states[-1]
 
     def _plan(self, rows: Sequence[PaddedRow], lengths: Sequence[int], width: int) -> Any:
         segments = [
@@ -226,6 +244,8 @@ def _bias(
     own = bias[0, :, :queries, :keys]
     if prefix is None:
         return own
+    if prefix.unbiased:
+        return own.new_zeros(own.shape[0], queries, n + keys)
     if not prefix.shifts_positions:
         return torch.cat([own.new_zeros(own.shape[0], queries, n), own], dim=2)
     stack = runner.model.decoder if module.oracle_site.startswith("decoder.") else runner.model.encoder

@@ -13,7 +13,6 @@ from peft import (
     HRAConfig,
     IA3Config,
     LNTuningConfig,
-    MultitaskPromptTuningConfig,
     OFTConfig,
     PeftConfig,
     PrefixTuningConfig,
@@ -119,17 +118,6 @@ OTHER_CASES: tuple[Case, ...] = (
         "P_TUNING",
         _prompt(PromptEncoderConfig, encoder_hidden_size=16, encoder_reparameterization_type="LSTM"),
         {"lstm": (0.0, 0.5)},
-    ),
-    Case(
-        "multitask_prompt",
-        "MULTITASK_PROMPT_TUNING",
-        _prompt(MultitaskPromptTuningConfig, num_tasks=1, num_ranks=2),
-        {"prefix_task": (0.0, 1.0)},
-        {
-            "bert": "PEFT hands a feature extractor no task",
-            "roberta": "PEFT hands a feature extractor no task",
-            "t5": "PEFT wants labels there, and cannot be given the decoder's tokens",
-        },
     ),
     Case(
         "cpt",

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -171,17 +170,14 @@ _ONES: Mapping[str, Values] = {
 
 
 @cache
-def backbone_state(family: str) -> Mapping[str, Tensor]:
-    """The frozen weights of a tiny backbone. Callers must not change them."""
-    return _load(FAMILIES[family]).state_dict()
+def backbone_logits(family: str) -> tuple[Tensor, ...]:
+    """The tiny backbone's own logits for :data:`ROWS`."""
+    model = fresh_backbone(FAMILIES[family])
+    return tuple(logits(model, row) for row in ROWS)
 
 
 def fresh_backbone(family: Family) -> PreTrainedModel:
     """A new copy of the tiny backbone, float32, in evaluation mode."""
-    return _load(family)
-
-
-def _load(family: Family) -> PreTrainedModel:
     model: PreTrainedModel = family.model.from_pretrained(BACKBONES / family.name, dtype=torch.float32)
     return model.eval()
 
@@ -212,21 +208,16 @@ def load_delta(family: Family, folder: Path) -> PeftModel:
 def logits(model: nn.Module, row: Row) -> Tensor:
     """Float32 logits ``[length, vocab]`` at the row's own tokens (the decoder's for T5): prompts' are cut off.
 
-    No cache but the one that holds a prefix; task 0 where a type asks for a task.
+    No cache but the one that holds a prefix.
     """
     ids = torch.tensor([row.ids])
-    kwargs: dict[str, Any] = {}
-    if isinstance(model, PeftModel) and model.active_peft_config.peft_type == "MULTITASK_PROMPT_TUNING":
-        kwargs["task_ids"] = torch.tensor([0])
     with quiet():
         if _encoder_decoder(model):
-            out = model(
-                input_ids=ids, decoder_input_ids=torch.tensor([row.decoder_ids]), use_cache=False, **kwargs
-            )
+            out = model(input_ids=ids, decoder_input_ids=torch.tensor([row.decoder_ids]), use_cache=False)
             length = len(row.decoder_ids)
         else:
             extra = {} if _masked(model) else {"use_cache": False}
-            out = model(input_ids=ids, **extra, **kwargs)
+            out = model(input_ids=ids, **extra)
             length = len(row.ids)
     result: Tensor = out.logits[0, -length:]
     return result.float()

@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from peft import LilyConfig, LoraConfig, MultitaskPromptTuningConfig, PeftConfig, PolyConfig, PveraConfig
-from peft.tuners.lora.config import LoraGAConfig
+from peft import (
+    LilyConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    OSFConfig,
+    PeftConfig,
+    PolyConfig,
+    PsoftConfig,
+    PveraConfig,
+    WaveFTConfig,
+)
+from peft.tuners.lora.config import KasaConfig, LoraGAConfig
 
 from tests.oracle.peft_cases_lora import LORA_CASES
 from tests.oracle.peft_cases_other import OTHER_CASES
@@ -21,7 +31,7 @@ from tests.oracle.peft_reference import (
     Case,
     Family,
     Row,
-    backbone_state,
+    backbone_logits,
     cells,
     fresh_backbone,
     load_delta,
@@ -31,7 +41,14 @@ from tests.oracle.peft_reference import (
 
 CASES: tuple[Case, ...] = LORA_CASES + WEIGHT_CASES + OTHER_CASES
 
+_DECOMPOSED = "derived from a decomposition of every weight, which would be made again at every load"
+
 REFUSED_TYPES: Mapping[str, str] = {
+    "ADAMSS": _DECOMPOSED,
+    "FROD": _DECOMPOSED,
+    "MULTITASK_PROMPT_TUNING": "needs a task's number with every request",
+    "OSF": _DECOMPOSED,
+    "PSOFT": _DECOMPOSED,
     "ADAPTION_PROMPT": "attends a second time, with a gate of its own, in every layer",
     "LILY": "not row-local: its router averages over every token of the batch",
     "POLY": "needs a task's number with every request",
@@ -104,8 +121,34 @@ REFUSED: tuple[Refused, ...] = (
         lambda f: MultitaskPromptTuningConfig(
             task_type=f.task, num_virtual_tokens=4, num_tasks=3, num_ranks=2
         ),
-        "num_tasks",
-        "needs a task's number with every request",
+        "peft_type",
+        REFUSED_TYPES["MULTITASK_PROMPT_TUNING"],
+    ),
+    Refused(
+        "kasa",
+        lambda f: LoraConfig(task_type=f.task, target_modules=list(f.query_value), kasa_config=KasaConfig()),
+        "kasa_config",
+        _DECOMPOSED,
+    ),
+    Refused(
+        "psoft",
+        lambda f: PsoftConfig(task_type=f.task, r=4, target_modules=list(f.query_value)),
+        "peft_type",
+        _DECOMPOSED,
+    ),
+    Refused(
+        "osf",
+        lambda f: OSFConfig(task_type=f.task, effective_rank=8, target_modules=list(f.query_value)),
+        "peft_type",
+        _DECOMPOSED,
+    ),
+    Refused(
+        "waveft_daubechies",
+        lambda f: WaveFTConfig(
+            task_type=f.task, n_frequency=50, wavelet_family="db2", target_modules=list(f.query_value)
+        ),
+        "wavelet_family",
+        "of the wavelets only Haar's is served",
     ),
     Refused(
         "pvera_sampled",
@@ -127,7 +170,7 @@ __all__ = [
     "Family",
     "Refused",
     "Row",
-    "backbone_state",
+    "backbone_logits",
     "cells",
     "fresh_backbone",
     "load_delta",

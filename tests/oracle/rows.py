@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from deltas import methods
-from deltas.bank import PackedDelta, pack
+from deltas.bank import PackedDelta
 from deltas.delta import Delta
 from deltas.ops import Mode
+from deltas.pack import pack
 from server.engine.backbone import Backbone, load
 from server.engine.kv import SlotKV
 from server.engine.runner import Runner

@@ -85,15 +85,15 @@ def test_gauges_and_samples() -> None:
             kv_tokens_total=100,
             deltas_device=4,
             delta_bytes_host=7,
-            quarantined=["a", "b"],
+            quarantined={"a": "why", "b": "why"},
             batch_rows=[3, 4],
             batch_deltas=[0, 2],
             queue_seconds=[0.1],
             load_seconds=[0.2, 0.3],
         )
     )
-    assert fresh == ["a", "b"]
-    assert metrics.apply_stats(EngineStats(quarantined=["a", "b", "c"])) == ["c"]
+    assert fresh == {"a": "why", "b": "why"}
+    assert metrics.apply_stats(EngineStats(quarantined={"a": "why", "b": "why", "c": "so"})) == {"c": "so"}
     assert value(metrics, "deltas_quarantined_total") == 3
     assert value(metrics, "batch_rows_count") == 2
     assert value(metrics, "batch_rows_sum") == 7

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from deltas.formats import native
-from server.api import idempotency, uploads
+from server.api import content, idempotency, uploads
 from server.api.auth import Caller, Served, authenticate
 from server.api.body import read_json
-from server.api.delta_objects import TarOfOne, delta_object
+from server.api.delta_objects import delta_object
 from server.api.multipart import receive_form
 from server.api.paging import After, Limit, listing
 from server.api.schemas import AliasRequest
 from server.api.services import Services
-from server.errors import InvalidRequest
 from server.types import LIVE, DeltaRecord
 
 
@@ -80,19 +78,13 @@ async def get_content(
     version: Version,
     services: Served,
     caller: Caller,
-    form: Annotated[str, Query(alias="format", max_length=32)] = "native",
+    form: Annotated[Literal["native", "peft"], Query(alias="format")] = "native",
 ) -> Response:
-    """A tar of the native file."""
-    if form != "native":
-        raise InvalidRequest("Only the native format is served yet.", param="format")
+    """A tar of the native file, or of PEFT's where PEFT has such deltas."""
     record = await services.registry.get(caller.tenant, name, version)
-    return TarOfOne(
-        services.blobs.path(record.digest),
-        native.WEIGHTS,
-        f"{name}-{version}.tar",
-        record.created_at,
-        {"x-delta-digest": record.digest},
-    )
+    if form == "peft":
+        return await content.peft_tar(services, record)
+    return content.native_tar(services, record)
 
 
 @router.put("/{name}/aliases/{alias}")

@@ -37,9 +37,11 @@ async def get_model(model: str, services: Served, caller: Caller) -> JSONRespons
     """One model by any name that a request may use."""
     backbone = services.backbone()
     target = await models.resolve(services, backbone, caller, model)
-    if target.record is None:
+    if not target.records:
         return JSONResponse(_backbone_model(backbone))
-    return JSONResponse(_delta_model(model, target.record, backbone))
+    newest = max(target.records, key=lambda record: record.created_at)
+    shown = _delta_model(model, newest, backbone)
+    return JSONResponse(shown | {"owned_by": caller.tenant} if len(target.records) > 1 else shown)
 
 
 def _backbone_model(backbone: Backbone) -> dict[str, Any]:

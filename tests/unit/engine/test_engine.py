@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,99 +9,17 @@ import pytest
 import torch
 
 from deltas.delta import Component, Delta
-from deltas.formats import native
 from deltas.sites import BackboneSpec, SiteKind
-from server.engine.build import build
-from server.engine.engine import Engine
-from server.engine.messages import Cancel, Drop, Failed, Load, Loaded, Reply, Stats, Step, Submit
-from server.engine.process import EngineConfig
-from server.types import DeltaRef, EngineStats, SamplingParams, TokenEvent
-from tests.tiny import KINDS, random_delta, write_backbone
-
-
-class Harness:
-    """An engine on a thread, and what it said, by row."""
-
-    def __init__(self, folder: Path, **changes: object) -> None:
-        self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        settings = {
-            "backbone": str(folder),
-            "backbone_name": None,
-            "data_dir": str(folder / "data"),
-            "device": "cpu",
-            "dtype": "float32",
-            "max_model_len": None,
-            "max_rows": 6,
-            "max_waiting": 100,
-            "prefill_tokens": 16,
-            "kv_bytes": 1 << 24,
-            "delta_bytes": 1 << 24,
-            "host_delta_bytes": 1 << 24,
-            "threads": 1,
-        }
-        self.engine: Engine = build(EngineConfig(**(settings | changes)), self._replies.put)
-        self.folder = folder
-        self.events: dict[int, list[TokenEvent]] = {}
-        self.ends: dict[int, str] = {}
-        self.stats: Stats | None = None
-        self._thread = threading.Thread(target=self.engine.run)
-        self._thread.start()
-
-    def save(self, delta: Delta) -> DeltaRef:
-        path = self.folder / f"{delta.digest}.safetensors"
-        native.save(delta, path)
-        return DeltaRef(delta.digest, str(path))
-
-    def submit(self, row: int, prompt: list[int], delta: DeltaRef | None = None, **sampling: object) -> None:
-        params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | sampling))
-        self.engine.receive(Submit(row, "tenant", prompt, delta, params))
-
-    def wait(self, *rows: int) -> None:
-        """Until each of these rows or loads has its end."""
-        while not set(rows) <= self.ends.keys():
-            reply = self._replies.get(timeout=60)
-            match reply:
-                case Step(events):
-                    for row, event in events:
-                        assert row not in self.ends, "an event after the end"
-                        self.events.setdefault(row, []).append(event)
-                        if event.finish_reason is not None:
-                            self.ends[row] = event.finish_reason
-                case Failed(row, code, _):
-                    self.ends[row] = code
-                case Loaded(row):
-                    self.ends[row] = "loaded"
-                case Stats():
-                    self.stats = reply
-
-    def wait_stats(self, wanted: Callable[[EngineStats], bool]) -> None:
-        """Until a report says so."""
-        while self.stats is None or not wanted(self.stats.stats):
-            reply = self._replies.get(timeout=60)
-            if isinstance(reply, Stats):
-                self.stats = reply
-
-    def tokens(self, row: int) -> list[int]:
-        return [token for event in self.events[row] for token in event.token_ids]
-
-    def close(self) -> None:
-        self.engine.receive(None)
-        self._thread.join(timeout=60)
-        assert not self._thread.is_alive()
+from server.engine.messages import Cancel, Drop, Load
+from server.types import DeltaRef
+from tests.tiny import KINDS, random_delta
+from tests.unit.engine.running import Harness, harnesses
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[object]:
-    made: list[Harness] = []
-    folder = write_backbone(tmp_path / "tiny")
-
-    def start(**changes: object) -> Harness:
-        made.append(Harness(folder, **changes))
-        return made[-1]
-
-    yield start
-    for harness in made:
-        harness.close()
+def make(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
+    with harnesses(tmp_path / "tiny") as start:
+        yield start
 
 
 def poisonous(spec: BackboneSpec) -> Delta:
@@ -120,7 +36,7 @@ def prompt_of(row: int) -> list[int]:
     return [3 + (row * 37 + i * 11) % 250 for i in range(1 + row * 7 % 40)]
 
 
-def test_mixed_kinds_equal_solo_through_admission_and_chunks(make) -> None:  # type: ignore[no-untyped-def]
+def test_mixed_kinds_equal_solo_through_admission_and_chunks(make: Callable[..., Harness]) -> None:
     mixed = make()
     spec = mixed.engine.runner.backbone.spec
     refs = [None, *(mixed.save(random_delta(spec, kind, seed)) for kind in KINDS for seed in (1, 2, 3))]
@@ -137,7 +53,7 @@ def test_mixed_kinds_equal_solo_through_admission_and_chunks(make) -> None:  # t
     mixed.engine.scheduler.check_integrity()
 
 
-def test_cancel_frees_the_row_and_its_delta(make) -> None:  # type: ignore[no-untyped-def]
+def test_cancel_frees_the_row_and_its_delta(make: Callable[..., Harness]) -> None:
     engine = make(max_rows=1)
     ref = engine.save(random_delta(engine.engine.runner.backbone.spec, "lora", 1))
     engine.submit(1, [5, 6, 7], ref, max_tokens=200)
@@ -151,7 +67,7 @@ def test_cancel_frees_the_row_and_its_delta(make) -> None:  # type: ignore[no-un
     assert engine.engine.residency.count_on_device == engine.engine.residency.count_on_host == 0
 
 
-def test_a_missing_or_damaged_delta_fails_its_rows_only(make) -> None:  # type: ignore[no-untyped-def]
+def test_a_missing_or_damaged_delta_fails_its_rows_only(make: Callable[..., Harness]) -> None:
     engine = make()
     spec = engine.engine.runner.backbone.spec
     good = engine.save(random_delta(spec, "lora", 1))
@@ -167,7 +83,9 @@ def test_a_missing_or_damaged_delta_fails_its_rows_only(make) -> None:  # type: 
     assert engine.ends == {1: "row_failed", 2: "row_failed", 3: "length", 4: "length"}
 
 
-def test_a_poisoned_delta_fails_its_row_and_leaves_its_neighbours_bit_identical(make) -> None:  # type: ignore[no-untyped-def]
+def test_a_poisoned_delta_fails_its_row_and_leaves_its_neighbours_bit_identical(
+    make: Callable[..., Harness],
+) -> None:
     engine = make()
     spec = engine.engine.runner.backbone.spec
     good = engine.save(random_delta(spec, "lora", 1))
@@ -187,10 +105,10 @@ def test_a_poisoned_delta_fails_its_row_and_leaves_its_neighbours_bit_identical(
     for poisoned, clean in ((1, 11), (3, 13)):
         assert engine.events[poisoned][0] == engine.events[clean][0]
         assert engine.tokens(poisoned) == engine.tokens(clean)
-    engine.wait_stats(lambda stats: stats.quarantined == [poison.digest])
+    engine.wait_stats(lambda stats: list(stats.quarantined) == [poison.digest])
 
 
-def test_more_deltas_than_the_device_holds(make) -> None:  # type: ignore[no-untyped-def]
+def test_more_deltas_than_the_device_holds(make: Callable[..., Harness]) -> None:
     wide = make()
     spec = wide.engine.runner.backbone.spec
     refs = [wide.save(random_delta(spec, "lora", seed)) for seed in range(12)]
@@ -208,7 +126,7 @@ def test_more_deltas_than_the_device_holds(make) -> None:  # type: ignore[no-unt
     assert tight.engine.residency.bytes_on_device <= 2.5 * size
 
 
-def test_limits_and_ends(make) -> None:  # type: ignore[no-untyped-def]
+def test_limits_and_ends(make: Callable[..., Harness]) -> None:
     engine = make(max_model_len=32)
     engine.submit(1, list(range(3, 40)))
     engine.submit(2, [5, 6], max_tokens=1000)
@@ -231,7 +149,7 @@ def test_limits_and_ends(make) -> None:  # type: ignore[no-untyped-def]
     assert only.prompt_logprobs[1].token == 6
 
 
-def test_a_soft_prompt_longer_than_a_slot_is_refused_and_hurts_nobody(make) -> None:  # type: ignore[no-untyped-def]
+def test_a_soft_prompt_longer_than_a_slot_is_refused_and_hurts_nobody(make: Callable[..., Harness]) -> None:
     engine = make(max_model_len=32)
     long = Delta((Component("prompt", {}, {"embeddings": torch.ones(100, 64)}),))
     engine.engine.receive(Load(1, engine.save(long)))
@@ -240,15 +158,15 @@ def test_a_soft_prompt_longer_than_a_slot_is_refused_and_hurts_nobody(make) -> N
     assert engine.ends == {1: "invalid_delta", 2: "length"}
 
 
-def test_a_deleted_delta_can_be_quarantined_again(make) -> None:  # type: ignore[no-untyped-def]
+def test_a_deleted_delta_can_be_quarantined_again(make: Callable[..., Harness]) -> None:
     engine = make()
     poison = engine.save(poisonous(engine.engine.runner.backbone.spec))
     for row in (1, 2):
         engine.submit(row, [5, 6], poison)
         engine.submit(row + 10, [7])
         engine.wait(row, row + 10)
-        engine.wait_stats(lambda stats: stats.quarantined == [poison.digest])
+        engine.wait_stats(lambda stats: list(stats.quarantined) == [poison.digest])
         engine.engine.receive(Drop(poison.digest))
         engine.submit(row + 20, [7])
         engine.wait(row + 20)
-        engine.wait_stats(lambda stats: stats.quarantined == [])
+        engine.wait_stats(lambda stats: not stats.quarantined)

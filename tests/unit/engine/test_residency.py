@@ -15,7 +15,7 @@ from deltas.delta import Component, Delta
 from deltas.formats import native
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine.residency import LoadFailure, Residency
-from server.types import DeltaRef
+from server.types import DeltaPart, DeltaRef
 from tests.tiny import llama_config
 
 SPEC: BackboneSpec = describe(llama_config(), "test")
@@ -82,6 +82,10 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Tiers]]:
     yield start
     for tiers in made:
         tiers.it.close()
+
+
+def sum_of(*refs: DeltaRef, weight: float = 0.5) -> DeltaRef:
+    return DeltaRef.of_sum(DeltaPart(ref.digest, ref.path, weight) for ref in refs)
 
 
 def size_of(make: Callable[..., Tiers], rank: int) -> int:
@@ -190,3 +194,58 @@ def test_a_delta_dropped_while_it_loads_is_not_kept(make: Callable[..., Tiers]) 
     assert tiers.it.count_on_device == tiers.it.count_on_host == 0
     tiers.fetched(ref)  # and it can come back
     assert tiers.use(ref)
+
+
+def test_a_sum_leaves_every_tier_with_any_of_its_parts(make: Callable[..., Tiers]) -> None:
+    tiers = make(device_bytes=1 << 30)
+    a, b, c = (tiers.ref(4, seed) for seed in range(3))
+    running, on_device, on_host, loading = (
+        sum_of(a, b),
+        sum_of(b, a),
+        sum_of(c, a),
+        sum_of(a, b, c),
+    )
+    other = sum_of(b, c)
+    assert not tiers.fetched(running, on_device, on_host, other)
+    assert tiers.use(running)
+    assert tiers.it.resident(on_device) is not None
+    assert tiers.it.resident(other) is not None
+    tiers.it.prefetch(loading)
+    tiers.it.drop(a.digest)
+    assert (tiers.it.count_on_device, tiers.it.count_on_host) == (2, 2)  # the one that runs, and the other
+    tiers.woken.get(timeout=30)
+    assert not tiers.it.collect()
+    assert (tiers.it.count_on_device, tiers.it.count_on_host) == (2, 2)
+    tiers.it.release(running.digest)
+    assert (tiers.it.count_on_device, tiers.it.count_on_host) == (1, 1)
+    assert tiers.it.resident(other) is not None
+    assert not tiers.fetched(running)  # the same content may come back
+    assert tiers.use(running)
+
+
+def test_a_sum_is_dropped_after_it_was_evicted_and_came_back(make: Callable[..., Tiers]) -> None:
+    """What is known of a sum's parts lasts as long as the sum is in any tier, and no longer."""
+    tiers = make(device_bytes=1 << 30, host_bytes=1)
+    parts = [tiers.ref(2, seed) for seed in range(2)]
+    sums = [sum_of(*parts, weight=1 + n / 10) for n in range(20)]
+    for ref in sums:
+        assert not tiers.fetched(ref)  # on the host there is room for one only
+    assert tiers.it.count_on_host == 1
+    assert len(tiers.it._sums) <= 2
+    assert not tiers.fetched(sums[0])
+    assert tiers.use(sums[0])
+    tiers.it.release(sums[0].digest)
+    tiers.it.drop(parts[1].digest)
+    assert tiers.it.count_on_device == tiers.it.count_on_host == 0
+
+
+def test_a_failure_says_whether_the_sum_or_a_part_is_at_fault(make: Callable[..., Tiers]) -> None:
+    tiers = make(device_bytes=1000)
+    one, two = tiers.ref(16, 0), tiers.ref(16, 1)
+    whole = sum_of(one, two)
+    assert not tiers.fetched(whole)
+    assert tiers.it.resident(whole) is None
+    tiers.woken.get(timeout=30)  # a refusal wakes the loop
+    assert [failure.of_sum for failure in tiers.it.collect()] == [True]
+    Path(two.path).unlink()
+    assert [failure.of_sum for failure in tiers.fetched(whole)] == [False]

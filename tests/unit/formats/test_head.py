@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from deltas.backbones import describe
 from deltas.errors import UnsupportedDelta
 from deltas.formats import DeltaFiles, read
-from deltas.formats.frozen import FrozenTensors
+from deltas.weights import FrozenTensors
 from deltas.sites import BackboneSpec
 
 FIXTURES = Path(__file__).parents[2] / "oracle" / "fixtures" / "adapterhub"

