@@ -37,13 +37,14 @@ class _DeltaNorm:
         return self._deltaserve_hook(x, super().forward)  # type: ignore[misc]
 
 
-class _DeltaEmbedding:
-    """Mixin put before an embedding's own class."""
+class _DeltaEmbedding(nn.Embedding):
+    """Put behind an embedding's own class, where that has a factor (Gemma's) or an offset (OPT's positions): what is
+    changed is the table, and the ids are its rows."""
 
     _deltaserve_hook: EmbeddingHook
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self._deltaserve_hook(ids, super().forward)  # type: ignore[misc]
+        return self._deltaserve_hook(ids, super().forward)
 
 
 _CLASSES: dict[tuple[type, type], type] = {}
@@ -53,7 +54,8 @@ def _become(module: nn.Module, mixin: type, hook: Any) -> None:
     """Changes the module's class in place. A plain attribute holds the hook, so the state dict does not see it."""
     cls = type(module)
     if (mixin, cls) not in _CLASSES:
-        _CLASSES[(mixin, cls)] = type(f"Delta{cls.__name__}", (mixin, cls), {})
+        behind = mixin is _DeltaEmbedding and cls is not nn.Embedding
+        _CLASSES[(mixin, cls)] = type(f"Delta{cls.__name__}", (cls, mixin) if behind else (mixin, cls), {})
     module.__class__ = _CLASSES[(mixin, cls)]
     object.__setattr__(module, "_deltaserve_hook", hook)
 
@@ -83,7 +85,14 @@ def attach(model: nn.Module, spec: BackboneSpec, ops: Ops, *, prepack: bool = Tr
         first = group.sites[0]
         if group.kind is SiteKind.NORM:
             norm = modules[first.path]
-            hook = NormHook(hooks, group, norm, residuals.get(first.path), norms.get(first.path))
+            hook = NormHook(
+                hooks,
+                group,
+                norm,
+                block=residuals.get(first.path),
+                closes=norms.get(first.path),
+                ends=blocks.get(first.path),
+            )
             _become(norm, _DeltaNorm, hook)
         elif group.kind is SiteKind.EMBEDDING:
             _become(modules[first.path], _DeltaEmbedding, EmbeddingHook(hooks, group))

@@ -39,6 +39,10 @@ class Hooked(Protocol):
         """The hooked norm of ``x`` ``[n, width]`` with other parameters, ``[width]`` or one line a token."""
         ...
 
+    def norm_change(self, x: Tensor, change: Tensor, /) -> Tensor:
+        """What the hooked norm gives more for ``x`` ``[n, width]`` where its weight is ``change`` ``[width]`` more."""
+        ...
+
     def inner(self, rows: slice, /) -> Tensor:
         """What the sublayer itself read, at a block site: ``[n, hidden]``."""
         ...

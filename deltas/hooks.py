@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,9 @@ from deltas.ops import Ops
 from deltas.ops.native import Kernels
 from deltas.sites import Site
 
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+# RMS norms that scale by one more than their weight, and round once
+_CENTRED_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 
 
 @dataclass(eq=False)
@@ -92,6 +94,9 @@ class _Asked:
         raise TypeError(f"{type(self).__name__} is not a linear")
 
     def norm(self, _x: Tensor, _weight: Tensor, _bias: Tensor | None, /) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is not a norm")
+
+    def norm_change(self, _x: Tensor, _change: Tensor, /) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a norm")
 
     def inner(self, _rows: slice, /) -> Tensor:
@@ -201,33 +206,41 @@ class GroupHook(_Asked):
 
 @dataclass(eq=False)
 class NormHook(_Asked):
-    """A layer or RMS norm. ``block`` is the one whose residual its input is, ``closes`` the one whose sum it norms."""
+    """A layer or RMS norm. ``block`` is the one whose residual its input is, ``closes`` the one whose sum it norms,
+    ``ends`` the one whose output is this norm's."""
 
     hooks: Hooks
     group: SiteGroup
     module: nn.Module
-    block: BlockHook | None
+    block: BlockHook | None = None
     closes: BlockHook | None = None
+    ends: BlockHook | None = None
 
     def __post_init__(self) -> None:
-        eps = getattr(self.module, "variance_epsilon", None)
-        plain = type(self.module).__name__ in _RMS_NORMS
-        self._rms_eps = float(eps) if plain and eps is not None else None
+        name = type(self.module).__name__
+        self._centred = name in _CENTRED_NORMS
+        eps = getattr(self.module, "eps" if self._centred else "variance_epsilon", None)
+        self._eps = None if eps is None else float(eps)
+        self._by_kernel = name in _RMS_NORMS and self._eps is not None
 
     def __call__(self, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """The norm of ``x`` ``[..., n]``; ``own`` is the module's own computation."""
+        site = self.group.sites[0]
         if self.block is not None:
-            self.block.start(self.group.sites[0].path, x)
-        kernels = self.hooks.kernels
-        if kernels is not None and self._rms_eps is not None and not torch.is_grad_enabled():
-            y = torch.empty_like(x)
-            width, weight = x.shape[-1], self.module.weight
-            kernels.rms_norm(x.view(-1, width), weight, self._rms_eps, y.view(-1, width))  # type: ignore[arg-type]
+            self.block.start(site.path, x)
+        kernels, width = self.hooks.kernels, x.shape[-1]
+        if kernels is not None and self._by_kernel and self._eps is not None and not torch.is_grad_enabled():
+            y = torch.empty(x.shape, dtype=x.dtype)
+            kernels.rms_norm(x.reshape(-1, width), self.module.weight, self._eps, y.view(-1, width))  # type: ignore[arg-type]
         else:
             y = own(x)
         plan = self.hooks.active(self.group)
         if plan is not None:
-            plan.apply(self.group.index, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), self)
+            for given, gave in _heads(x, y, site.heads_axis):
+                plan.apply(self.group.index, given.reshape(-1, width), gave.view(-1, width), self)
+        block_plan = None if self.ends is None else self.hooks.active(self.ends.group)
+        if block_plan is not None and self.ends is not None:
+            self.ends.apply(block_plan, y.view(-1, width))
         return y
 
     def inner(self, rows: slice, /) -> Tensor:
@@ -242,10 +255,30 @@ class NormHook(_Asked):
             plain = F.layer_norm(x.float(), self.module.normalized_shape, None, None, self.module.eps)
             scaled = plain * weight.float()
             return (scaled if bias is None else scaled + bias.float()).to(x.dtype)
-        eps: float = self.module.variance_epsilon  # type: ignore[assignment]
+        if self._centred:
+            return (self._normal(x) * (1.0 + weight.float())).to(x.dtype)
+        return weight * self._normal(x).to(x.dtype)
+
+    def norm_change(self, x: Tensor, change: Tensor, /) -> Tensor:
+        if self._centred:
+            return (self._normal(x) * change.float()).to(x.dtype)
+        return self.norm(x, change, None)
+
+    def _normal(self, x: Tensor) -> Tensor:
+        """``x`` divided by its root mean square, float32."""
+        if self._eps is None:
+            raise TypeError(f"{type(self.module).__name__} is no norm that is known here")
         wide = x.to(torch.float32)
-        normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-        return weight * normal
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
+
+
+def _heads(x: Tensor, y: Tensor, axis: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a norm was given and gave, of whole tokens, or head by head: rows of one batch's tokens either way."""
+    if axis == 0:
+        yield x, y
+        return
+    for head in range(x.shape[axis]):
+        yield x.select(axis, head), y.select(axis, head)
 
 
 @dataclass(eq=False)

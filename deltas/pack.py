@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltas import sparse
 from deltas.bank import Applied, PackedDelta, Placed, SitePatch
-from deltas.errors import UnsupportedDelta
+from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.groups import Place, places
 from deltas.patches import (
     Bottleneck,
@@ -39,7 +39,8 @@ def pack(
 ) -> PackedDelta:
     """Patches -> one arena of ``dtype`` on the CPU (pinned memory if ``pin``).
 
-    Raises :class:`UnsupportedDelta` for what one pass cannot apply exactly.
+    Raises :class:`UnsupportedDelta` for what one pass cannot apply exactly, :class:`InvalidDelta` for values that
+    ``dtype`` cannot hold.
     """
     where = places(spec)
     sites: dict[str, list[Patch]] = {}
@@ -173,6 +174,8 @@ def _place(
         view = arena[at : at + tensor.numel()].view(tensor.shape)
         view.copy_(tensor)
         at += padded(tensor.numel())
+        if not bool(torch.isfinite(view).all()):  # 0 * inf would reach other rows of a dense product
+            raise InvalidDelta(f"a value of the delta is beyond {str(dtype)[6:]}, the backbone's dtype")
         return view
 
     return arena, {group: tuple(map_tensors(s, put)) for group, s in sorted(steps.items())}

@@ -113,7 +113,7 @@ class Mix:
 class DenseDiff:
     """The weight is ``matrix`` more: ``y += matrix x`` at a linear site, where ``matrix`` is ``[out, in]``.
 
-    At an embedding it is ``[rows, width]``, at a norm ``[n]``: what the norm gives with that weight and no bias is added.
+    At an embedding it is ``[rows, width]``, at a norm ``[n]``: what the norm gives more with so much more weight is added.
     """
 
     site: str

@@ -19,7 +19,12 @@ Source = Callable[[str], Tensor | None]
 
 # A tied module has no tensor of its own in the file.
 _TIED = {
-    "lm_head.weight": ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight", "shared.weight"),
+    "lm_head.weight": (
+        "embed_out.weight",  # GPT-NeoX's own name for it
+        *("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight", "shared.weight"),
+        *("model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        *("gpt_neox.embed_in.weight", "embed_in.weight"),
+    ),
     "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
     "cls.predictions.decoder.bias": ("cls.predictions.bias",),
     "lm_head.decoder.weight": ("roberta.embeddings.word_embeddings.weight",),

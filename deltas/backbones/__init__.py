@@ -6,14 +6,34 @@ from collections.abc import Callable
 
 from transformers import PretrainedConfig
 
-from deltas.backbones import bert, gpt2, llama, roberta, t5
+from deltas.backbones import (
+    bert,
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    opt,
+    qwen2,
+    qwen3,
+    roberta,
+    t5,
+)
 from deltas.errors import UnsupportedBackbone
 from deltas.sites import BackboneSpec
 
 _TABLES: dict[str, Callable[[PretrainedConfig, str], BackboneSpec]] = {
     "bert": bert.describe,
+    "gemma": gemma.describe,
+    "gemma2": gemma.describe_second,
+    "gemma3_text": gemma.describe_third,
     "gpt2": gpt2.describe,
+    "gpt_neox": gpt_neox.describe,
     "llama": llama.describe,
+    "mistral": mistral.describe,
+    "opt": opt.describe,
+    "qwen2": qwen2.describe,
+    "qwen3": qwen3.describe,
     "roberta": roberta.describe,
     "t5": t5.describe,
 }

@@ -12,6 +12,9 @@ from deltas.sites import BackboneSpec, Site, SiteKind
 # T5 has no position table to run out of; this is the length it was trained on, unless the configuration says another
 TRAINED_POSITIONS = 512
 
+NOT_CALLED = "T5 never calls this module: change encoder.embed and decoder.embed, which are its copies"
+NOT_BY_ROW = "the relative position biases belong to the whole batch, and cannot differ by row"
+
 Stack = Literal["encoder", "decoder"]
 
 
@@ -46,7 +49,7 @@ def _sites(config: PretrainedConfig) -> Iterator[Site]:
     only the stacks' modules are called.
     """
     hidden, vocab = int(config.d_model), int(config.vocab_size)
-    yield Site("embed", SiteKind.EMBEDDING, "shared", vocab, hidden)
+    yield Site("embed", SiteKind.EMBEDDING, "shared", vocab, hidden, refused=NOT_CALLED)
     yield from _stack("encoder", int(config.num_layers), config)
     yield from _stack("decoder", int(config.num_decoder_layers), config)
     yield Site("head", SiteKind.LINEAR, "lm_head", hidden, vocab)
@@ -78,7 +81,8 @@ def _attention(
     yield Site(f"{name}.kv", SiteKind.KV, attention, width, width)
     if positions is not None:
         table, buckets = f"{attention}.relative_attention_bias", int(config.relative_attention_num_buckets)
-        yield Site(positions, SiteKind.EMBEDDING, table, buckets, int(config.num_heads))
+        heads = int(config.num_heads)
+        yield Site(positions, SiteKind.EMBEDDING, table, buckets, heads, refused=NOT_BY_ROW)
     yield Site(f"{name}.o", SiteKind.LINEAR, f"{attention}.o", width, hidden)
     yield Site(
         f"{name}.out",

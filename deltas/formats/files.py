@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from deltas.errors import InvalidDelta
 from deltas.formats import pickled
-from deltas.formats.header import Header, TensorInfo, parse_json, read_header, shown
+from deltas.formats.header import MAX_NAME, Header, TensorInfo, parse_json, read_header, shown
+from deltas.formats.pickled_child import ALIASES
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -29,6 +31,7 @@ class DeltaFiles:
         self._headers: dict[str, Header] = {}
         self._objects: dict[str, dict[str, Any]] = {}
         self._joined: dict[str, tuple[str, ...]] = {}
+        self._aliases: dict[str, dict[str, str]] = {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._paths
@@ -60,7 +63,7 @@ class DeltaFiles:
             if name in self._joined:
                 self._headers[name] = self._union(name)
             else:
-                self._headers[name] = read_header(self._safetensors(name), name)
+                self._headers[name] = self._read_header(name)
         return self._headers[name]
 
     def join(self, names: Iterable[str]) -> str:
@@ -79,23 +82,25 @@ class DeltaFiles:
     def tensors(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
         """These tensors of a file whose header was checked, on the CPU, in memory of their own.
 
-        float64 comes back as float32 where that is exact, and is refused where it is not; int32 comes back as
-        int64, so that the same indices have the same digest. A NaN or an
-        infinity anywhere is refused, naming the tensor.
+        float64 comes back as float32 where that is exact, and is refused where it is not; integers come back as
+        int64, so that the same indices have the same digest. A NaN or an infinity anywhere is refused, naming the tensor.
         """
         header = self.header(name)
         loaded: dict[str, Tensor] = {}
         if name in self._joined:
-            wanted = list(keys)
+            every = list(keys)
             for part in self._joined[name]:
                 there = self.header(part).tensors
-                loaded |= self.tensors(part, [key for key in wanted if key in there])
+                loaded |= self.tensors(part, [key for key in every if key in there])
             return loaded
+        aliases, wanted = self._aliases.get(name, {}), list(keys)
+        if any(key in aliases for key in wanted):
+            _check_claims(name, header, wanted, aliases)
         try:
             with safe_open(str(self._safetensors(name)), framework="pt", device="cpu") as file:
-                for key in keys:
+                for key in wanted:
                     # A clone, since the file may go away and its pages with it.
-                    loaded[key] = file.get_tensor(key).clone()
+                    loaded[key] = file.get_tensor(aliases.get(key, key)).clone()
         except SafetensorError as error:
             raise InvalidDelta(f"{name} is not a valid safetensors file: {error}", field=name) from None
         for key, tensor in loaded.items():
@@ -106,9 +111,25 @@ class DeltaFiles:
                 raise InvalidDelta(f"{shown(key)} holds NaN or an infinity", field=key)
             if tensor.dtype == torch.float64:
                 loaded[key] = _narrowed(key, tensor)
-            elif tensor.dtype == torch.int32:
+            elif not tensor.is_floating_point():
                 loaded[key] = tensor.to(torch.int64)
         return loaded
+
+    def _read_header(self, name: str) -> Header:
+        """The file's own header, with the further names that a pickled file had for some tensors."""
+        header = read_header(self._safetensors(name), name)
+        text = header.metadata.get(ALIASES) if name.endswith(pickled.SUFFIXES) else None
+        if text is None:
+            return header
+        aliases = parse_json(text.encode(), name)
+        for alias, original in aliases.items():
+            known = isinstance(original, str) and original in header.tensors and alias not in header.tensors
+            if not known or not 0 < len(alias) <= MAX_NAME or not alias.isprintable():
+                raise InvalidDelta(f"{name}: {shown(alias)} is no second name of a tensor", field=name)
+        self._aliases[name] = aliases
+        return Header(
+            {**header.tensors, **{a: header.tensors[o] for a, o in aliases.items()}}, header.metadata
+        )
 
     def _union(self, name: str) -> Header:
         tensors: dict[str, TensorInfo] = {}
@@ -142,6 +163,17 @@ def listed(names: Iterable[str], limit: int = 20) -> str:
     every = list(names)
     text = ", ".join(shown(name) for name in every[:limit])
     return text if len(every) <= limit else f"{text} and {len(every) - limit} more"
+
+
+def _check_claims(name: str, header: Header, wanted: Iterable[str], aliases: Mapping[str, str]) -> None:
+    """What is read at once may not be more than the file has, however many names a tensor has."""
+
+    def claimed(keys: Iterable[str]) -> int:
+        infos = (header.tensors[key] for key in keys)
+        return sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
+
+    if claimed(wanted) > claimed(key for key in header.tensors if key not in aliases):
+        raise InvalidDelta(f"{name} has tensors that together claim more bytes than there are", field=name)
 
 
 def _narrowed(key: str, tensor: Tensor) -> Tensor:

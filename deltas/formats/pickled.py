@@ -23,7 +23,8 @@ _READY = f"{READY}\n".encode()
 _MAX_REPORT = 400  # bytes
 _ADVICE = (
     "save the delta again as safetensors "
-    "(PEFT: the default of save_pretrained; AdapterHub: save_adapter(..., use_safetensors=True))"
+    "(PEFT: the default of save_pretrained; AdapterHub: save_adapter(..., use_safetensors=True); OpenDelta: the same "
+    "tensors in a file model.safetensors)"
 )
 # Every child may take its memory: few at a time, the others wait.
 _TURNS = threading.BoundedSemaphore(2)

@@ -28,6 +28,8 @@ from torch import Tensor
 
 READY = "ready"
 REFUSED = 3
+ALIASES = "aliases"
+"""The key of the written file's metadata whose value is a JSON object: name -> name of the tensor that it also is."""
 
 _ZIP = b"PK\x03\x04"
 # The number that files of torch before 1.6 begin with, pickled. Its yet older tar files are not read.
@@ -46,6 +48,8 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.uint8: "U8",
 }
 
 
@@ -73,7 +77,8 @@ def main(job: Job) -> None:
     restrain(job, size)
     print(READY, flush=True)  # whatever goes wrong from here on is the file's doing
     try:
-        write(checked(load(job, size), job, size), Path(job.target))
+        tensors = checked(load(job, size), job)
+        write(*fitting(tensors, size), Path(job.target))
     except Refused as error:
         print(error)
         sys.exit(REFUSED)
@@ -147,13 +152,12 @@ def check_zip(source: str, size: int, max_tensors: int) -> None:
         raise Refused(f"has a pickle of more than {_MAX_PICKLE} bytes beside its tensors")
 
 
-def checked(loaded: object, job: Job, size: int) -> dict[str, Tensor]:
-    """The tensors by name, if that is all there is, in as many bytes as the file has. Nothing is copied."""
+def checked(loaded: object, job: Job) -> dict[str, Tensor]:
+    """The tensors by name, if that is all there is. Nothing is copied."""
     if type(loaded) not in (dict, OrderedDict) or not isinstance(loaded, Mapping):
         raise Refused(f"holds a {type(loaded).__name__}, not a dict of tensors")
     if len(loaded) > job.max_tensors:
         raise Refused(f"has {len(loaded)} tensors, the limit is {job.max_tensors}")
-    left = size
     for name, value in loaded.items():
         if type(name) is not str:
             raise Refused(f"has a key of type {type(name).__name__}, not a tensor's name")
@@ -161,10 +165,29 @@ def checked(loaded: object, job: Job, size: int) -> dict[str, Tensor]:
             raise Refused(
                 f"names a tensor {_shown(name)}; names have 1 to {job.max_name} printable characters"
             )
-        left -= nbytes(name, value)
-        if left < 0:
-            raise Refused("has tensors that together claim more bytes than there are")
+        nbytes(name, value)
     return dict(loaded)
+
+
+def fitting(tensors: Mapping[str, Tensor], size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that together have as many bytes as the file, and where needed further names of some of them.
+
+    A state dict can have one tensor under many names: AdapterHub's prefixes are in it once per attention.
+    """
+    if sum(nbytes(name, tensor) for name, tensor in tensors.items()) <= size:
+        return dict(tensors), {}
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if first.setdefault(place, name) == name:
+            kept[name] = tensor
+        else:
+            aliases[name] = first[place]
+    if sum(nbytes(name, tensor) for name, tensor in kept.items()) > size:
+        raise Refused("has tensors that together claim more bytes than there are")
+    return kept, aliases
 
 
 def nbytes(name: str, value: object) -> int:
@@ -183,9 +206,9 @@ def nbytes(name: str, value: object) -> int:
     return claimed
 
 
-def write(tensors: Mapping[str, Tensor], target: Path) -> None:
-    """A safetensors file, tensor by tensor, in the dict's order."""
-    header: dict[str, Any] = {}
+def write(tensors: Mapping[str, Tensor], aliases: Mapping[str, str], target: Path) -> None:
+    """A safetensors file, tensor by tensor, in the dict's order, with further names of some in its metadata."""
+    header: dict[str, Any] = {_METADATA: {ALIASES: json.dumps(aliases)}} if aliases else {}
     position = 0
     for name, tensor in tensors.items():
         end = position + math.prod(tensor.shape) * tensor.dtype.itemsize

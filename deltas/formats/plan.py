@@ -168,8 +168,8 @@ def _check_copies(plan: Plan, files: DeltaFiles, frozen: Frozen | None) -> None:
 def _check_repeats(plan: Plan, files: DeltaFiles) -> None:
     """One tensor under several names has one value."""
     for name, original in plan.repeats.items():
-        pair = files.tensors(plan.weights, {name, original})
-        if not same(pair[name], pair[original]):
+        ours, theirs = (files.tensors(plan.weights, [key])[key] for key in (name, original))
+        if not same(ours, theirs):
             raise InvalidDelta(
                 f"{listed([name])} differs from {listed([original])}, whose repetition it is", field=name
             )

@@ -133,10 +133,18 @@ def check_outlines(outlines: Sequence[Outline], spec: BackboneSpec) -> None:
     for outline in outlines:
         served = method(outline.method)
         served.check(outline, spec)
+        _check_sites(outline, spec)
         for claim in sorted(served.claims(outline)):
             if claim in claimed:
                 raise UnsupportedDelta(f"two components change {claim}", field="components")
             claimed.add(claim)
+
+
+def _check_sites(outline: Outline, spec: BackboneSpec) -> None:
+    for name in outline.shapes:
+        site = spec.sites.get(name.rpartition("/")[0])
+        if site is not None and site.refused:
+            raise UnsupportedDelta(f"{name!r}: {site.refused}", field=name)
 
 
 def check(delta: Delta, spec: BackboneSpec) -> None:

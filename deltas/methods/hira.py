@@ -32,6 +32,8 @@ class Hira(PerSite):
         weight = here.weights.weight(here.site)
         factor = here["B"] @ here["A"]
         if here.site.kind is SiteKind.EMBEDDING:
-            yield Override(here.site.name, (weight * (1 + factor.T)).contiguous(), None)
+            # PEFT adds this change behind the embedding's own factor, where that has one
+            change = factor.T / here.site.scale
+            yield Override(here.site.name, (weight * (1 + change)).contiguous(), None)
         else:
             yield DenseDiff(here.site.name, (weight * factor).contiguous())

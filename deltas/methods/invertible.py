@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deltas.errors import InvalidDelta
+from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.methods.base import only_keys
 from deltas.methods.bottleneck import ACTIVATIONS, choice
 from deltas.methods.per_site import Loaded, Outlined, PerSite
@@ -37,6 +37,11 @@ class Invertible(PerSite):
         if here.site.name not in ("embed", "embed.norm", "encoder.embed"):
             name = f"{here.site.name}/f_down"
             raise InvalidDelta(f"{name!r}: an invertible adapter changes the embeddings only", field=name)
+        if here.site.scale != 1.0:
+            raise UnsupportedDelta(
+                f"{here.site.name}: an invertible adapter behind embeddings that are scaled is not served",
+                field=here.site.name,
+            )
         first = here.site.out_features // 2
         second = here.site.out_features - first
         for half, into, out in (("f", second, first), ("g", first, second)):

@@ -32,7 +32,14 @@ class Masking:
 
     def check(self, outline: Outline, spec: BackboneSpec) -> None:
         known = ("indices", "bias_indices")
-        for site, shapes in by_site(outline.shapes, (), KINDS, spec, optional=known).items():
+        sites = by_site(outline.shapes, (), KINDS, spec, optional=known)
+        fused = {site.path: site.name for site in sites if not site.part}
+        for site, shapes in sites.items():
+            if site.part and site.path in fused:
+                name = f"{site.name}/{next(iter(shapes))}"
+                raise InvalidDelta(
+                    f"{name!r}: {fused[site.path]}, of which it is part, has a mask", field=name
+                )
             for name in shapes:
                 check_entries(site, shapes, name)
             if "bias_indices" in shapes and not site.bias:
@@ -42,8 +49,8 @@ class Masking:
     def check_values(self, component: Component, spec: BackboneSpec) -> None:
         check_places(component, spec)
 
-    def claims(self, outline: Outline) -> frozenset[str]:
-        return frozenset(f"the mask {name}" for name in outline.shapes)  # zeroed twice is the weight negated
+    def claims(self, _outline: Outline) -> frozenset[str]:
+        return frozenset({"the mask"})  # an entry taken away twice is the weight negated
 
     def rank(self, _outline: Outline) -> int | None:
         return None

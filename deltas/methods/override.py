@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from deltas.delta import Component
-from deltas.errors import UnsupportedDelta
 from deltas.methods.base import Outline, by_site, each_site, expect, only_keys
 from deltas.patches import Override, Patch, Shift
 from deltas.sites import BackboneSpec, Site, SiteKind
@@ -33,11 +32,6 @@ class OverrideMethod:
     def check(self, outline: Outline, spec: BackboneSpec) -> None:
         sites = by_site(outline.shapes, (), self.kinds, spec, optional=("weight", "bias"))
         for site, parameters in sites.items():
-            if site.name in ("encoder.positions", "decoder.positions"):
-                raise UnsupportedDelta(
-                    "T5's relative position biases are one table for all rows of a batch: trained ones are not served",
-                    field=f"{site.name}/weight",
-                )
             if "weight" in parameters:
                 expect(f"{site.name}/weight", parameters["weight"], _shape(site))
             if "bias" in parameters:

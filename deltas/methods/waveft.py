@@ -2,8 +2,8 @@
 
 Canonical tensor ``<site>/spectrum`` ``[n]``; config ``{"scale": s, "seed": k}``, with ``"haar": true`` where the
 values are the coefficients of one level of the two-dimensional Haar transform: approximation in the first quarter
-of the matrix, then horizontal, vertical and diagonal detail. An odd size counts as one more, and the matrix is cut
-to size around its middle. (Bilican et al. 2025, "WaveFT"; PEFT. Of its wavelets only ``db1`` is served.)
+of the matrix, then differences between rows, between columns, and both. An odd size counts as one more, and the matrix
+is cut to size. (Bilican et al. 2025, "WaveFT"; PEFT. Of its wavelets only ``db1`` is served.)
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class WaveFt(PerSite):
             parts = []
             for i in (0, 1):
                 for j in (0, 1):
-                    # the difference along a direction is the first entry less the second
-                    sign = 1.0 - 2.0 * ((below & (i == 1)) ^ (right & (j == 1)))
+                    # a difference is the first entry less the second; the quarter on the right is between rows
+                    sign = 1.0 - 2.0 * ((right & (i == 1)) ^ (below & (j == 1)))
                     parts.append((2 * rows + i, 2 * columns + j, values * sign / 2))
             rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
             inside = (rows < site.out_features) & (columns < site.in_features)

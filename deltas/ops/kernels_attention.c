@@ -92,6 +92,11 @@ INLINE void NAME(scores)(const Q_TYPE *q, const T *k, int64_t k_token, int64_t n
     }
 }
 
+/* scores[j] = cap * tanh(scores[j] / cap), which keeps them between -cap and cap. */
+INLINE void NAME(soften)(float *scores, int64_t n, float cap) {
+    for (int64_t j = 0; j < n; j++) scores[j] = cap * tanhf(scores[j] / cap);
+}
+
 /* Scores to unnormalised probabilities in place; returns their sum, and in *top the subtracted maximum. */
 INLINE float NAME(exponentials)(float *scores, int64_t n, float *top) {
     vf m = splat(-INFINITY), total = splat(0.0f);
@@ -179,8 +184,8 @@ static void NAME(merge_blocks)(float *records, int64_t record, int64_t blocks, i
 
 /* n keys for up to GROUP query heads: sums acc [heads, padded], and per head the maximum and the total. */
 static void NAME(attend_block)(int heads, const Q_TYPE *q, const T *k, const T *v, int64_t token, int64_t n,
-                               int64_t head_dim, int64_t padded, float scale, float *acc, float *top,
-                               float *total, const block_ahead *next) {
+                               int64_t head_dim, int64_t padded, float scale, float softcap, float *acc,
+                               float *top, float *total, const block_ahead *next) {
     const block_ahead none = {0};
     float p[GROUP * BLOCK] __attribute__((aligned(64)));
     for (int h = 0; h < heads; h++) {
@@ -191,6 +196,7 @@ static void NAME(attend_block)(int heads, const Q_TYPE *q, const T *k, const T *
             NAME(scores)(q + h * padded, k, token, n, 128, scale, p + h * BLOCK, then);
         else
             NAME(scores)(q + h * padded, k, token, n, head_dim, scale, p + h * BLOCK, then);
+        if (softcap > 0.0f) NAME(soften)(p + h * BLOCK, n, softcap);
     }
     for (int h = 0; h < heads; h++) total[h] = NAME(exponentials)(p + h * BLOCK, n, top + h);
     for (int h = 0; h < heads; h += SHARE) {
@@ -207,24 +213,28 @@ static void NAME(attend_block)(int heads, const Q_TYPE *q, const T *k, const T *
     }
 }
 
-/* out[row, h] = softmax(scale * q[row, h] . K)^T V over the first lengths[row] tokens of slots[row], zeros
- * where the length is 0; heads / kv_heads query heads share a key head. Both caches have the same strides.
- * The tokens of a prompt are rows too: of one slot, with growing lengths.
+/* out[row, h] = softmax(scale * q[row, h] . K)^T V over lengths[row] tokens of slots[row] from firsts[row] on
+ * (from 0 without firsts), zeros where the length is 0; heads / kv_heads query heads share a key head. Both
+ * caches have the same strides. The tokens of a prompt are rows too: of one slot, with growing lengths.
+ * Where softcap is positive, scores become softcap * tanh(score / softcap) first.
  *
  * Work is cut into blocks of BLOCK keys whatever the batch, and blocks are merged in order: so a long context
  * uses all threads, and a row's result does not depend on its neighbours. */
 EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_head, const void *k,
                                      const void *v, int64_t c_slot, int64_t c_head, int64_t c_token,
                                      int64_t c_slots, int64_t c_tokens, const int64_t *slots,
-                                     const int64_t *lengths, int64_t rows, int64_t heads, int64_t kv_heads,
-                                     int64_t head_dim, float scale, void *out, int64_t out_row,
-                                     int64_t out_head) {
+                                     const int64_t *firsts, const int64_t *lengths, int64_t rows,
+                                     int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
+                                     float softcap, void *out, int64_t out_row, int64_t out_head) {
     if (head_dim > HEAD_DIM_MAX) return OUT_OF_RANGE;
     int64_t share = heads / kv_heads, chunks = (share + GROUP - 1) / GROUP, padded = round_up(head_dim, PAIR);
     int64_t per_row = kv_heads * chunks; /* units of one block of a row */
     int64_t tasks = 0, spilled = 0, keys = 0;
     for (int64_t i = 0; i < rows; i++) {
-        if (slots[i] < 0 || slots[i] >= c_slots || lengths[i] > c_tokens) return OUT_OF_RANGE;
+        int64_t first = firsts == NULL ? 0 : firsts[i];
+        if (slots[i] < 0 || slots[i] >= c_slots || first < 0 || first > c_tokens ||
+            lengths[i] > c_tokens - first)
+            return OUT_OF_RANGE;
         int64_t blocks = blocks_of(lengths[i]);
         tasks += blocks * per_row;
         if (blocks > 1) spilled += blocks * per_row;
@@ -253,8 +263,8 @@ EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_hea
             if (coming < tasks) {
                 later = at;
                 move_to(&later, coming, lengths, per_row);
-                int64_t from =
-                    slots[later.row] * c_slot + later.unit / chunks * c_head + later.block * BLOCK * c_token;
+                int64_t from = slots[later.row] * c_slot + later.unit / chunks * c_head +
+                               ((firsts == NULL ? 0 : firsts[later.row]) + later.block * BLOCK) * c_token;
                 next = (block_ahead){(const char *)((const T *)k + from), (const char *)((const T *)v + from),
                                      min64(BLOCK, lengths[later.row] - later.block * BLOCK)};
             }
@@ -278,13 +288,14 @@ EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_hea
                 }
 #endif
             }
-            int64_t from = slots[row] * c_slot + kv * c_head + at.block * BLOCK * c_token;
+            int64_t from = slots[row] * c_slot + kv * c_head +
+                           ((firsts == NULL ? 0 : firsts[row]) + at.block * BLOCK) * c_token;
             int64_t n = min64(BLOCK, lengths[row] - at.block * BLOCK);
             int whole = blocks_of(lengths[row]) == 1;
             float top[GROUP], total[GROUP];
             float *acc = whole ? local : store + (at.spill + task - at.first) * record;
             NAME(attend_block)(n_heads, qs, (const T *)k + from, (const T *)v + from, c_token, n, head_dim,
-                               padded, scale, acc, top, total, &next);
+                               padded, scale, softcap, acc, top, total, &next);
             if (whole) {
                 for (int h = 0; h < n_heads; h++)
                     NAME(finish)(acc + h * padded, total[h], to + h * out_head, head_dim);

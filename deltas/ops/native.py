@@ -34,7 +34,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ds_silu_mul": (_P, _I, _P, _I, _I, _I, _P, _I),
     "ds_rope": (_P, _I, _I, _I, _I, _P, _P, _I, _I),
     "ds_kv_write": (_P, _I, _I, _P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _I, _I, _I),
-    "ds_decode_attention": (_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _I, _I, _I, _I, _F, _P, _I, _I),
+    "ds_decode_attention": (
+        _P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P, _I, _I, _I, _I, _F, _F, _P, _I, _I,
+    ),
 }  # fmt: skip
 
 _Functions = dict[torch.dtype, Callable[..., int]]
@@ -140,12 +142,16 @@ class Kernels:
         lengths: Tensor,
         scale: float,
         out: Tensor,
+        firsts: Tensor | None = None,
+        softcap: float | None = None,
     ) -> None:
         """One query token per row over its slot: exact softmax, grouped query heads, any length.
 
         ``q``, ``out`` ``[rows, heads, head_dim]``; ``keys``, ``values`` of one layer ``[slots, kv_heads,
         tokens, head_dim]``, any strides but the same for both; ``slots``, ``lengths`` int64 ``[rows]``
         (visible keys, the current token's included; 0 gives zeros). head_dim is contiguous, at most 512.
+        ``firsts`` int64 ``[rows]``: where in the slot the visible keys begin, 0 without it. ``softcap`` c turns
+        every score s into c tanh(s / c).
 
         The tokens of a prompt's chunk are rows as well, of one slot and with growing lengths: one call serves a
         step's prompts and its decoding rows.
@@ -163,11 +169,14 @@ class Kernels:
             raise ValueError("decode_attention: shapes, strides or dtypes do not fit together")
         _check_indices(slots, rows, "slots")
         _check_indices(lengths, rows, "lengths")
+        if firsts is not None:
+            _check_indices(firsts, rows, "firsts")
         _check(
             self._decode_attention[q.dtype](
                 q.data_ptr(), q_row, q_head, keys.data_ptr(), values.data_ptr(),
-                strides[0], strides[1], strides[2], c_slots, c_tokens, slots.data_ptr(), lengths.data_ptr(),
-                rows, heads, kv_heads, head_dim, scale, out.data_ptr(), out_row, out_head,
+                strides[0], strides[1], strides[2], c_slots, c_tokens, slots.data_ptr(),
+                None if firsts is None else firsts.data_ptr(), lengths.data_ptr(),
+                rows, heads, kv_heads, head_dim, scale, softcap or 0.0, out.data_ptr(), out_row, out_head,
             )
         )  # fmt: skip
 

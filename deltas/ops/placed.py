@@ -93,7 +93,7 @@ def _changed(x: Tensor, matrix: Tensor, hooked: Hooked) -> Tensor:
     """What a change of the weight adds: every module here is linear in its weight."""
     if not x.is_floating_point():
         return F.embedding(x, matrix)
-    return hooked.norm(x, matrix, None) if matrix.dim() == 1 else F.linear(x, matrix)
+    return hooked.norm_change(x, matrix) if matrix.dim() == 1 else F.linear(x, matrix)
 
 
 def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ than what was sent.
 from __future__ import annotations
 
 import errno
+import itertools
 import stat
 import struct
 import tarfile
@@ -16,6 +17,7 @@ import zlib
 from pathlib import Path
 from typing import IO, NoReturn, Protocol
 
+from deltas.formats import adapterhub
 from server.api.multipart import safe_name
 from server.api.tars import members
 from server.errors import InvalidRequest, TooLarge
@@ -63,8 +65,8 @@ def is_archive(name: str) -> bool:
 def unpack(archive: Path, name: str, folder: Path, max_bytes: int) -> dict[str, Path]:
     """The archive's files by name, written into ``folder``. Blocking.
 
-    A file's name is its last component; where two files share one, every name keeps the folders below the one that
-    they have in common (``first/adapter_config.json``).
+    A file's name is its last component. In a composition of adapters, and wherever two files share a last component,
+    every name keeps the folders below the one that they have in common (``first/adapter_config.json``).
 
     Raises ``InvalidRequest`` that names the member for links, devices, absolute and climbing paths, repeated names, too
     many members, encrypted ones, archives in archives, bombs and whatever is not a plain archive; ``TooLarge`` beyond
@@ -134,11 +136,10 @@ class _Target:
     def named(self) -> dict[str, Path]:
         """The files by the names that the library gave them."""
         flat = {parts[-1]: path for parts, path in self.files.items()}
-        if len(flat) == len(self.files):
+        if len(flat) == len(self.files) and adapterhub.SETUP not in flat:
             return flat
-        common = 0
-        while len({parts[: common + 1] for parts in self.files}) == 1:
-            common += 1
+        levels = zip(*(parts[:-1] for parts in self.files), strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
         return {"/".join(parts[common:]): path for parts, path in self.files.items()}
 
     def _parts(self, member: str) -> tuple[str, ...]:

@@ -28,7 +28,18 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
 EDGE_BYTES = 1 << 20
 ATTENTION = "deltaserve"
 # decoders that attend through this engine; the other families have tables for reading deltas and testing them
-SERVED = ("gpt2", "llama")
+SERVED = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "opt",
+    "qwen2",
+    "qwen3",
+)
 
 
 class BackboneError(InvalidRequest):
@@ -48,7 +59,7 @@ class Located:
 
 @dataclass(frozen=True)
 class Backbone:
-    """The resident model and what the library knows of it."""
+    """The resident model and what the library knows of it. ``softcap`` c turns each logit z into c tanh(z / c)."""
 
     name: str
     folder: Path
@@ -57,6 +68,12 @@ class Backbone:
     dtype: torch.dtype
     device: torch.device
     parameters: int
+    softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[n, vocab]`` of last hidden states ``[n, hidden]``, by the hooked head."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def locate(backbone: str, name: str | None = None) -> Located:
@@ -234,7 +251,8 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
     )
     model.to(device).eval().requires_grad_(False)
     parameters = sum(p.numel() for p in model.parameters())
-    return Backbone(name, folder, spec, model, dtype, device, parameters)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Backbone(name, folder, spec, model, dtype, device, parameters, softcap)
 
 
 def attention(
@@ -251,4 +269,5 @@ def attention(
     del attention_mask, dropout
     step = kwargs["deltaserve_attention"]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return step(module.layer_idx, q, k, v, scaling)[None], None
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    return step(module.layer_idx, q, k, v, scaling, window, softcap)[None], None

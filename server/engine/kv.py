@@ -82,6 +82,8 @@ class Attention:
             [p for _, b, c in self.rows for p in range(b, b + c)], device=device
         )
         self.token_lengths = self.token_positions + 1
+        self._longest = max((start + count for _, start, count in self.rows), default=0)
+        self._windows: dict[int, tuple[Tensor, Tensor]] = {}
         # Single tokens share a call. Chunks of a prompt go row by row through torch's attention, which rounds as
         # Hugging Face's does: the kernel is 12 % of a prefill faster, but turns near-ties in bfloat16 another way.
         self.singles: list[tuple[int, int]] = []  # (first token, tokens)
@@ -96,8 +98,21 @@ class Attention:
                 self.singles.append((token, 1))
             token += count
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """``q`` ``[tokens, heads, head_dim]``, ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` -> as ``q``, contiguous."""
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """``q`` ``[tokens, heads, head_dim]``, ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` -> as ``q``, contiguous.
+
+        ``window``: a token sees itself and as many tokens before it as make that number, its row's prefix among them.
+        ``softcap`` c turns every score s into c tanh(s / c), before the softmax.
+        """
         keys, values = self.kv.keys[layer], self.kv.values[layer]
         if self.kernels is not None:
             self.kernels.kv_write(k, v, keys, values, self.token_slots, self.token_positions)
@@ -105,48 +120,102 @@ class Attention:
             keys[self.token_slots, :, self.token_positions] = k
             values[self.token_slots, :, self.token_positions] = v
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        first_keys, visible = self._seen(window)
         for first, count in self.singles:
             part = slice(first, first + count)
-            slots, lengths = self.token_slots[part], self.token_lengths[part]
+            slots, lengths = self.token_slots[part], visible[part]
+            firsts = None if first_keys is None else first_keys[part]
             if self.kernels is not None:
-                self.kernels.decode_attention(q[part], keys, values, slots, lengths, scale, out[part])
+                self.kernels.decode_attention(
+                    q[part], keys, values, slots, lengths, scale, out[part], firsts, softcap
+                )
             else:
-                out[part] = _decode(q[part], keys, values, slots, lengths, scale)
+                out[part] = _decode(q[part], keys, values, slots, firsts, lengths, scale, softcap)
         for i, first in self.chunks:
             slot, start, count = self.rows[i]
             part = slice(first, first + count)
-            out[part] = _chunk(q[part], keys[slot], values[slot], start, count, scale)
+            out[part] = _chunk(q[part], keys[slot], values[slot], start, count, scale, window, softcap)
         return out
 
+    def _seen(self, window: int | None) -> tuple[Tensor | None, Tensor]:
+        """By token: where the keys begin that it sees (None: at 0), and how many there are."""
+        if window is None or window >= self._longest:
+            return None, self.token_lengths
+        if window not in self._windows:
+            firsts = (self.token_lengths - window).clamp_(min=0)
+            self._windows[window] = (firsts, self.token_lengths - firsts)
+        return self._windows[window]
 
-def _chunk(q: Tensor, keys: Tensor, values: Tensor, start: int, count: int, scale: float) -> Tensor:
+
+def _chunk(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    count: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     """Causal attention of ``count`` tokens of one row that follow ``start`` cached ones."""
     end = start + count
+    first = 0 if window is None else max(0, start + 1 - window)
+    keys, values = keys[:, first:end], values[:, first:end]
+    masked = start > 0 or softcap is not None or (window is not None and window < end)
     mask = None
-    if start:
-        mask = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(start)
+    if masked:
+        mask = torch.ones(count, end - first, dtype=torch.bool, device=q.device).tril(start - first)
+        if window is not None:
+            mask = mask.triu(start - first + 1 - window)
+    if softcap is not None and mask is not None:
+        return _softened(q, keys, values, mask, scale, softcap)
     attended = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
-        keys[None, :, :end],
-        values[None, :, :end],
+        keys[None],
+        values[None],
         attn_mask=mask,
-        is_causal=start == 0,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=q.shape[1] != keys.shape[0],
     )
     return attended[0].transpose(0, 1)
 
 
-def _decode(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _softened(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Attention whose scores are capped, which torch's own attention cannot do."""
+    tokens, heads, width = q.shape
+    grouped = q.transpose(0, 1).reshape(keys.shape[0], -1, tokens, width)
+    scores = torch.matmul(grouped, keys[:, None].transpose(2, 3)).float() * scale
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+    attended = torch.matmul(scores.softmax(-1).to(q.dtype), values[:, None])
+    return attended.reshape(heads, tokens, width).transpose(0, 1)
+
+
+def _decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    firsts: Tensor | None,
+    lengths: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
     """One token a row against its slot, in plain torch: gathered to the longest row and masked."""
     rows, heads, width = q.shape
     kv_heads = keys.shape[1]
-    longest = int(lengths.max())
+    ends = lengths if firsts is None else firsts + lengths
+    longest = int(ends.max())
     k = keys[slots, :, :longest]
     v = values[slots, :, :longest]
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, width)
     scores = torch.matmul(grouped, k.transpose(2, 3)).float() * scale
-    hidden = torch.arange(longest, device=q.device) >= lengths[:, None]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(longest, device=q.device)
+    hidden = at >= ends[:, None]
+    if firsts is not None:
+        hidden |= at < firsts[:, None]
     weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).to(q.dtype)
     # a released slot may hold anything beyond the row's end; 0 * NaN would let it through
     v = v.masked_fill(hidden[:, None, :, None], 0)

@@ -163,7 +163,7 @@ class Probe:
         )
         runner.hooks.plan = plan
         hidden = runner.forward(attention, given.positions[None] + shift, input_ids=given.ids[None])[0]
-        logits: Tensor = runner.backbone.model.get_output_embeddings()(hidden)
+        logits = runner.backbone.logits(hidden)
         runner.hooks.plan = None
         return hidden, logits
 
@@ -181,7 +181,9 @@ class Probe:
                 continue
             trained = self._trained(group, delta.patches[index])
             if group.sites[0].name == "embed.positions":
-                trained = trained[trained >= delta.shift] - delta.shift
+                # a table may begin with rows that are no token's
+                first = group.sites[0].in_features - spec.max_positions + delta.shift
+                trained = trained[trained >= first] - first
             chosen = _spread(trained, min(CHOSEN, count))
             if len(chosen) == 0:
                 continue

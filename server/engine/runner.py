@@ -117,8 +117,8 @@ class Runner:
         computed = time.perf_counter()
         self.hooks.plan = composition.head
         if len(lines) != len(ids):
-            hidden = hidden[torch.tensor(lines, device=device)]
-        logits = self.backbone.model.get_output_embeddings()(hidden)
+            hidden = hidden[torch.tensor(lines, dtype=torch.int64, device=device)]  # none in inner chunks
+        logits = self.backbone.logits(hidden)
         self.hooks.plan = None
         self.spent.prepare += prepared - began
         self.spent.forward += computed - prepared

@@ -105,6 +105,11 @@ def test_plain_archives(opened: Open, suffix: str) -> None:
         assert opened(packed(moved, suffix), suffix) == flat
     apart = {"x/one/c.json": b"1", "x/two/c.json": b"2", "x/one,two/f.json": b"3"}
     assert opened(packed(apart, suffix), suffix) == {name[2:]: content for name, content in apart.items()}
+    composed = {"m/adapter_setup.json": b"{}", "m/one/adapter_config.json": b"{}"}
+    assert opened(packed(composed, suffix), suffix).keys() == {
+        "adapter_setup.json",
+        "one/adapter_config.json",
+    }
     assert "no files" in refused(opened, packed({}, suffix), suffix)
 
 

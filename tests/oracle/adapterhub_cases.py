@@ -38,6 +38,7 @@ from adapters.configuration.adapter_fusion_config import (  # type: ignore[impor
 )
 
 FAMILIES = ("llama", "gpt2", "bert", "roberta", "t5")
+GATED = (*FAMILIES, "t5_gated")
 CAUSAL = ("llama", "gpt2")
 ENCODERS = ("bert", "roberta")
 HEADED = (*CAUSAL, *ENCODERS)
@@ -51,7 +52,8 @@ class Case:
 
     ``edit`` is laid over the saved ``adapter_config.json``; a key whose value is ``None`` is taken out. ``default``
     saves as the library does by default: pickled, with the head. ``like`` repeats another case's weights. Cases with
-    ``parts`` save a composition of several adapters; those with ``head`` a trained head.
+    ``parts`` save a composition of several adapters; those with ``head`` a trained head, of ``AutoAdapterModel`` or, of
+    kind ``static``, of the class of transformers for ``task``.
     """
 
     name: str
@@ -151,7 +153,7 @@ CASES = (
     ),
     # Low rank.
     Case("lora", LoRAConfig(r=4, alpha=4)),
-    Case("lora_all", LORA_ALL),
+    Case("lora_all", LORA_ALL, GATED),
     Case("lora_k", LoRAConfig(r=4, alpha=6, attn_matrices=["k"], leave_out=[0]), HEADED),
     Case("lora_before_1_1", LoRAConfig(r=4, alpha=10), HEADED, edit={"version": "adapters.1.0.1"}),
     Case("lora_gated", LoRAConfig(r=4, alpha=6, use_gating=True), THREE),
@@ -165,7 +167,7 @@ CASES = (
     Case("vera", VeraConfig(r=4)),
     Case("vera_one", VeraConfig(r=4, alpha=6, selfattn_lora=False, intermediate_lora=True), HEADED),
     Case("dvora", DvoRAConfig(r=4, attn_matrices=["q"]), TWO),
-    Case("ia3", IA3Config()),
+    Case("ia3", IA3Config(), GATED),
     Case("ia3_alpha", IA3Config(alpha=2, output_lora=True), HEADED),
     Case("ia3_gated", IA3Config(use_gating=True)),
     # Prefixes and prompts.
@@ -217,5 +219,8 @@ CASES = (
         ENCODERS,
         head={"kind": "classification", "num_labels": 2, "layers": 1, "use_pooler": False},
     ),
+    # Hugging Face's own classes for tasks.
+    Case("static_sequence", SMALL, HEADED, head={"kind": "static", "task": "SequenceClassification"}),
+    Case("static_token", SMALL, HEADED, head={"kind": "static", "task": "TokenClassification"}),
     Case("head_tagging", SMALL, HEADED, head={"kind": "tagging", "num_labels": 3, "id2label": LABELS}),
 )

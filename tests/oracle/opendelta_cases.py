@@ -47,6 +47,7 @@ FUSED = "GPT-2's linears are Conv1D, which has no in_features: OpenDelta puts Lo
 NO_BIAS = (
     "linears of this family have no bias, and OpenDelta fails to add one: it fills the bias before it exists"
 )
+NO_PREFIX = Lack("OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["self_attn"]})
 NO_CLASSIFIER = Lack("transformers 4.31 has no T5 with such a head", None)
 AS_T5 = Lack("the same modules as in a T5 that is not gated", None)
 
@@ -217,9 +218,7 @@ CASES = (
         "prefix",
         {"prefix_token_num": 3, "reparameterize": False},
         {
-            "llama": Lack(
-                "OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["self_attn"]}
-            ),
+            "llama": NO_PREFIX,
             "t5_gated": AS_T5,
         },
     ),
@@ -228,9 +227,7 @@ CASES = (
         "prefix",
         {"prefix_token_num": 4, "reparameterize": True, "embed_dim": 6, "mid_dim": 7},
         {
-            "llama": Lack(
-                "OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["self_attn"]}
-            ),
+            "llama": NO_PREFIX,
             "t5_gated": AS_T5,
         },
     ),
@@ -240,9 +237,7 @@ CASES = (
         "prefix",
         {"prefix_token_num": 2, "reparameterize": False},
         {
-            "llama": Lack(
-                "OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["1.self_attn"]}
-            ),
+            "llama": NO_PREFIX,
             "gpt2": {"modified_modules": ["1.attn"]},
             "bert": {"modified_modules": ["1.attention"]},
             "roberta": {"modified_modules": ["1.attention"]},
@@ -263,7 +258,10 @@ CASES = (
             "gpt2": {"unfrozen_modules": ["deltas", "layer_norm@"]},
             "bert": {"modified_modules": ["1.output.dense"], "unfrozen_modules": ["deltas", "LayerNorm"]},
             "roberta": {"modified_modules": ["0.output.dense"], "unfrozen_modules": ["deltas", "LayerNorm"]},
-            "t5": {"modified_modules": ["1.layer.0.SelfAttention.o"], "unfrozen_modules": ["deltas", "layer_norm"]},
+            "t5": {
+                "modified_modules": ["1.layer.0.SelfAttention.o"],
+                "unfrozen_modules": ["deltas", "layer_norm"],
+            },
             "t5_gated": AS_T5,
         },
     ),
@@ -296,7 +294,10 @@ CASES = (
         "lora",
         {"lora_r": 2},
         {
-            "llama": {"modified_modules": ["k_proj"], "unfrozen_modules": ["deltas", "post_attention_layernorm"]},
+            "llama": {
+                "modified_modules": ["k_proj"],
+                "unfrozen_modules": ["deltas", "post_attention_layernorm"],
+            },
             "gpt2": Lack(FUSED, {"modified_modules": ["c_proj"], "unfrozen_modules": ["deltas", "bias"]}),
             "bert": {"unfrozen_modules": ["deltas", "bias"]},
             "roberta": {"unfrozen_modules": ["deltas", "bias"]},
@@ -312,7 +313,10 @@ CASES = (
         {
             "llama": {"modified_modules": ["down_proj"], "unfrozen_modules": ["deltas", "score"]},
             "gpt2": {"modified_modules": ["mlp.c_proj"], "unfrozen_modules": ["deltas", "score"]},
-            "bert": {"modified_modules": ["1.output.dense"], "unfrozen_modules": ["deltas", "classifier", "pooler"]},
+            "bert": {
+                "modified_modules": ["1.output.dense"],
+                "unfrozen_modules": ["deltas", "classifier", "pooler"],
+            },
             "roberta": {"modified_modules": ["1.output.dense"], "unfrozen_modules": ["deltas", "classifier"]},
             "t5": NO_CLASSIFIER,
             "t5_gated": NO_CLASSIFIER,
@@ -333,4 +337,4 @@ CASES = (
         },
         head="ForTokenClassification",
     ),
-)  # fmt: skip
+)

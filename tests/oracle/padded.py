@@ -26,10 +26,11 @@ from deltas import heads, methods
 from deltas.attach import attach
 from deltas.backbones import describe
 from deltas.bank import PackedDelta
-from deltas.batch import Segment
+from deltas.batch import Plan, Segment
 from deltas.delta import Delta
 from deltas.groups import site_groups
 from deltas.ops import Mode, Ops
+from deltas.ops.adapters import opening
 from deltas.pack import pack
 from deltas.patches import KVPrefix
 from deltas.sites import SiteKind
@@ -37,7 +38,7 @@ from deltas.weights import FrozenTensors
 
 BACKBONES = Path(__file__).parent / "fixtures" / "backbones"
 ATTENTION = "deltaserve-padded"
-_CLASSES = {
+CLASSES = {
     "decoder": AutoModelForCausalLM,
     "encoder": AutoModelForMaskedLM,
     "encoder-decoder": AutoModelForSeq2SeqLM,
@@ -73,18 +74,23 @@ class PaddedRunner:
         self.spec = describe(config, "oracle")
         self.weights = FrozenTensors(self.folder)
         AttentionInterface.register(ATTENTION, _attention)
-        self.model: Any = _CLASSES[self.spec.kind].from_pretrained(
+        self.model: Any = CLASSES[self.spec.kind].from_pretrained(
             self.folder, dtype=torch.float32, attn_implementation=ATTENTION
         )
         self.model.eval()
         self.ops = Ops(len(site_groups(self.spec)), torch.device("cpu"), torch.float32, mode)
         self.hooks = attach(self.model, self.spec, self.ops)
         self.batch = _Batch()
-        self._hidden: list[Tensor] = []
+        self.hidden: list[Tensor] = []
+        self._prompted: Plan | None = None
+        # a T5's own embedding is never called: its stacks have copies, and those are hooked
+        inner = self.model.encoder if self.spec.kind == "encoder-decoder" else self.model
+        self._embedding = inner.get_input_embeddings()
         modules = dict(self.model.named_modules())
         for site in self.spec.of_kind(SiteKind.KV):
             object.__setattr__(modules[site.path], "oracle_site", site.name)
             object.__setattr__(modules[site.path], "oracle_batch", self)
+            modules[site.path].register_forward_pre_hook(_remember, with_kwargs=True)
         if self.spec.kind == "encoder":
             self.model.base_model.embeddings.register_forward_hook(self._put_prompts)
 
@@ -99,7 +105,7 @@ class PaddedRunner:
         own = [len(row.ids) for row in rows]
         ids = _padded([torch.tensor(row.ids) for row in rows])
         self.hooks.plan = self._plan(rows, own, ids.shape[1])
-        embedded = self.model.get_input_embeddings()(ids)
+        embedded = self._embedding(ids)
         fronts = [self._front(row) for row in rows]
         before = [0 if front is None else len(front) for front in fronts]
         parts = [
@@ -122,10 +128,12 @@ class PaddedRunner:
         lengths = [len(part) + n for part, n in zip(parts, after, strict=True)]
         self.batch.lengths = lengths
         width = embeds.shape[1] + max(after)
-        self.hooks.plan = self._plan(rows, lengths, width)
+        self._prompted = self._plan(rows, lengths, width)
+        # on an encoder the embeddings are summed and normed before the prompts are there
+        self.hooks.plan = self._plan(rows, own, embeds.shape[1]) if max(after) else self._prompted
         logits, hidden = self._forward(rows, embeds, positions)
         self.hooks.plan = self.hooks.decoder_plan = None
-        self._hidden = [hidden[i, : lengths[i]] for i in range(len(rows))]
+        self.hidden = [hidden[i, : lengths[i]] for i in range(len(rows))]
         if self.spec.kind == "encoder-decoder":
             return [logits[i, : self.batch.decoder_lengths[i]] for i in range(len(rows))]
         return [logits[i, lengths[i] - own[i] : lengths[i]] for i in range(len(rows))]
@@ -134,7 +142,7 @@ class PaddedRunner:
         """What each row's own head makes of its last hidden states (prompt tokens included)."""
         self.logits(rows)
         found = []
-        for row, hidden in zip(rows, self._hidden, strict=True):
+        for row, hidden in zip(rows, self.hidden, strict=True):
             if row.delta is None or row.delta.head is None:
                 raise ValueError(f"{row.name} has no head")
             found.append(heads.apply(row.delta.head, hidden))
@@ -175,6 +183,7 @@ class PaddedRunner:
         prompts = self.batch.prompts
         if all(prompt is None for prompt in prompts):
             return output
+        self.hooks.plan = self._prompted
         parts = [
             output[i] if prompt is None else torch.cat([prompt, output[i]])
             for i, prompt in enumerate(prompts)
@@ -223,8 +232,9 @@ def _attention(
         n = 0
         if prefix is not None:
             n = len(prefix.keys)
-            k = torch.cat([prefix.keys.transpose(0, 1), k], dim=1)
-            v = torch.cat([prefix.values.transpose(0, 1), v], dim=1)
+            open_k, open_v = _openings(prefix, module.oracle_input[i, : queries[i]])
+            k = torch.cat([prefix.keys.transpose(0, 1) * open_k, k], dim=1)
+            v = torch.cat([prefix.values.transpose(0, 1) * open_v, v], dim=1)
         groups = q.shape[0] // k.shape[0]
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
         scores = q @ k.transpose(1, 2) * scaling
@@ -246,9 +256,23 @@ def _bias(
         return own
     if prefix.unbiased:
         return own.new_zeros(own.shape[0], queries, n + keys)
-    if not prefix.shifts_positions:
+    if ".cross." in module.oracle_site or not (prefix.shifts_positions or prefix.shifts_keys):
         return torch.cat([own.new_zeros(own.shape[0], queries, n), own], dim=2)
     stack = runner.model.decoder if module.oracle_site.startswith("decoder.") else runner.model.encoder
     first = stack.block[0].layer[0].SelfAttention
-    shifted: Tensor = first.compute_bias(queries, n + keys, past_seen_tokens=n)[0]
+    seen = 0 if prefix.shifts_keys else n
+    shifted: Tensor = first.compute_bias(queries, n + keys, past_seen_tokens=seen)[0]
     return shifted
+
+
+def _remember(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What an attention reads: the gates of prefixes read it too."""
+    object.__setattr__(module, "oracle_input", args[0] if args else kwargs["hidden_states"])
+
+
+def _openings(prefix: KVPrefix, tokens: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """How far the gates for keys and values are open, for the row with these tokens."""
+    if prefix.gate is None:
+        return 1.0, 1.0
+    both = opening(prefix.gate, tokens)
+    return both[0], both[-1]

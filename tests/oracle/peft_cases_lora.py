@@ -79,7 +79,12 @@ LORA_CASES: tuple[Case, ...] = (
         lambda f: _lora(f, target_modules=list(f.query_value), layers_to_transform=[1]),
     ),
     Case("lora_dora", "LORA", lambda f: _lora(f, use_dora=True)),
-    Case("lora_dora_rslora", "LORA", lambda f: _lora(f, use_dora=True, use_rslora=True, lora_alpha=5)),
+    Case(
+        "lora_dora_rslora",
+        "LORA",
+        lambda f: _lora(f, use_dora=True, use_rslora=True, lora_alpha=5),
+        {r"lora_[AB]": (0.0, 0.1), "magnitude": (1.0, 0.2)},
+    ),
     Case(
         "lora_bias_all",
         "LORA",

@@ -122,7 +122,7 @@ WEIGHT_CASES: tuple[Case, ...] = (
         "randlora_very_sparse",
         "RANDLORA",
         _on(RandLoraConfig, r=5, randlora_alpha=10, very_sparse=True, save_projection=False),
-        {"gamma": (0.0, 0.1)},
+        {"gamma": (0.0, 0.05)},
     ),
     Case("c3a", "C3A", _on(C3AConfig, block_size=16), {"c3a_kernel": (0.0, 3.0)}, _NO_CONV1D),
     Case("c3a_small_blocks", "C3A", _on(C3AConfig, block_size=8), {"c3a_kernel": (0.0, 3.0)}, _NO_CONV1D),
@@ -140,6 +140,7 @@ WEIGHT_CASES: tuple[Case, ...] = (
         "vblora_topk",
         "VBLORA",
         _on(VBLoRAConfig, r=4, num_vectors=12, vector_length=8, topk=3, save_only_topk_weights=True),
+        {"vector_bank": (0.0, 0.15)},
     ),
     Case("unilora", "UNILORA", _on(UniLoraConfig, r=4, theta_d_length=64), {"theta_d": (0.0, 4.0)}),
     Case(

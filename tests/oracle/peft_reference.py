@@ -46,6 +46,7 @@ class Family:
     norms: tuple[str, ...]  # of a layer
     last_norm: str
     conv1d: bool = False
+    spread: float = 0.25  # standard deviation of what is drawn; T5's unscaled attention turns noise into differences
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -116,6 +117,7 @@ FAMILIES: Mapping[str, Family] = {
             head_bias=False,
             norms=("layer_norm",),
             last_norm="decoder.final_layer_norm",
+            spread=0.15,
         ),
     )
 }
@@ -129,7 +131,7 @@ Prepare = Callable[[PeftModel, Family], None]
 @dataclass(frozen=True, slots=True)
 class Case:
     """One way of using PEFT. ``make`` gives the config for a family; ``values`` says, by pattern in a parameter's name,
-    how its random values are distributed where 0 +- 0.3 will not do; ``prepare`` runs between the drawing and the saving.
+    how its random values are distributed where the family's spread around zero will not do; ``prepare`` runs between the drawing and the saving.
     """
 
     name: str
@@ -187,7 +189,7 @@ def save_delta(case: Case, family: Family, folder: Path, *, seed: int = 0) -> No
     torch.manual_seed(seed)
     with quiet():
         model = peft.get_peft_model(fresh_backbone(family), case.make(family))
-        randomise(model, case.values)
+        randomise(model, case.values, family.spread)
         if case.prepare is not None:
             case.prepare(model, family)
         if case.dtype != torch.float32:
@@ -223,11 +225,11 @@ def logits(model: nn.Module, row: Row) -> Tensor:
     return result.float()
 
 
-def randomise(model: PeftModel, values: Mapping[str, Values]) -> None:
-    """Draw every adapter parameter, in the order of their names."""
+def randomise(model: PeftModel, values: Mapping[str, Values], spread: float = 0.25) -> None:
+    """Draw every adapter parameter, in the order of their names; those that ``values`` does not know around zero."""
     rules = {**values, **{k: v for k, v in _ONES.items() if k not in values}}
     for name, parameter in sorted(_trained(model).items()):
-        mean, std = next((v for pattern, v in rules.items() if re.search(pattern, name)), (0.0, 0.3))
+        mean, std = next((v for pattern, v in rules.items() if re.search(pattern, name)), (0.0, spread))
         parameter.data.normal_(mean, std)
 
 

@@ -14,6 +14,7 @@ from deltas.bank import PackedDelta
 from deltas.delta import Delta
 from deltas.ops import Mode
 from deltas.pack import pack
+from deltas.weights import FrozenTensors
 from server.engine.backbone import Backbone, load
 from server.engine.kv import SlotKV
 from server.engine.runner import Runner
@@ -45,7 +46,9 @@ def make_runner(folder: Path, dtype: torch.dtype, mode: Mode | None = None, capa
 def place(runner: Runner, delta: Delta) -> PackedDelta:
     """What the residency does with a loaded delta: lower, pack, compute a prompt's keys and values."""
     spec = runner.backbone.spec
-    return runner.prompt_prefix(pack(methods.lower(delta, spec), spec, runner.backbone.dtype))
+    weights = FrozenTensors(runner.backbone.folder)
+    patches = methods.lower(delta, spec, weights)
+    return runner.prompt_prefix(pack(patches, spec, runner.backbone.dtype))
 
 
 def generate(runner: Runner, rows: Several[Row], steps: int, *, chunk: int = 512) -> None:

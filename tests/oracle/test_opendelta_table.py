@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from deltas.delta import Delta
 from deltas.errors import UnsupportedDelta
 from deltas.formats import DeltaFiles, read
 from deltas.formats.opendelta import CONFIG, PICKLED, WEIGHTS
+from deltas.formats.opendelta.config import DEFAULTS, KEYS
+from deltas.formats.opendelta.modules import modules
 from tests.oracle.padded import PaddedRow, PaddedRunner
 
 FOLDER = Path(__file__).parent / "fixtures" / "opendelta_table"
@@ -113,3 +116,50 @@ def test_every_cell_is_a_case_or_has_a_reason() -> None:
     for family, cases in INDEX["cases"].items():
         assert names == set(cases) | set(INDEX["lacks"][family])
         assert all(INDEX["lacks"][family].values())
+
+
+@pytest.mark.parametrize("family", INDEX["cases"])
+def test_all_at_once(family: str, tmp_path: Path) -> None:
+    batch: list[tuple[str, int, PaddedRow]] = []
+    heads = {name for name, made in INDEX["cases"][family].items() if made["head"]}
+    for case in [case for of, case in SERVED if of == family and case not in heads]:
+        (tmp_path / case).mkdir()
+        delta = read(as_safetensors(family, case, tmp_path / case), runner(family).spec)
+        batch += [(case, n, row) for n, row in enumerate(rows(family, delta))]
+    batch += [("base", n, row) for n, row in enumerate(rows(family, None))]
+    random.Random(3).shuffle(batch)
+    got = runner(family).logits([row for _, _, row in batch])
+    for (case, n, _), logits in zip(batch, got, strict=True):
+        wanted = expected(family)[f"{case}.{n}"]
+        assert float((logits - wanted).abs().max() / wanted.abs().max()) < CLOSE, case
+
+
+@pytest.mark.parametrize("family", INDEX["cases"])
+def test_common_names_and_order_are_the_library_s(family: str) -> None:
+    """A parallel adapter's pairs depend on the order too."""
+    names = INDEX["common_names"][family]
+    ours = [path for path, module in modules(runner(family).spec).items() if path in names]
+    layers = [path for path in ours if ".0" in path]
+    assert [path for path in names if path in layers] == layers
+    found = {path: modules(runner(family).spec)[path].common for path in ours}
+    assert found == {path: names[path] for path in ours}
+    assert family == "llama" or layers
+
+
+@pytest.mark.parametrize("kind", INDEX["defaults"])
+def test_every_key_of_the_library_is_known_with_its_default(kind: str) -> None:
+    known = dict(INDEX["defaults"][kind])
+    for common in ("modified_modules", "exclude_modules", "unfrozen_modules", "common_structure"):
+        known.pop(common)
+    own = {key: value for key, value in known.items() if not key.startswith("backbone_")}
+    assert set(own) == set(KEYS[kind])
+    assert DEFAULTS[kind].items() <= own.items()
+    assert all(KEYS[kind][key] is None or key in DEFAULTS[kind] or _is_one(kind, key, own) for key in own)
+
+
+def _is_one(kind: str, key: str, defaults: dict[str, Any]) -> bool:
+    """A key that may only have its default, or what means the same."""
+    check = KEYS[kind][key]
+    assert check is not None
+    check(key, defaults[key])
+    return True

@@ -227,9 +227,7 @@ def _check_width(config: Config, keys: Keys, stem: str, layer: int) -> None:
         )
     width = max(1, int(min(hidden // value, float(1 << 40))))
     if config["phm_layer"]:
-        pieces = positive(config, "phm_dim")
-        if hidden % pieces or width % pieces:
-            raise InvalidDelta(f"phm_dim {pieces} does not divide {hidden} and {width}", field="phm_dim")
+        _check_pieces(config, keys, stem, width)
         return
     path = f"{stem}.adapter_down.{1 if config['ln_before'] else 0}.weight"
     shape = keys.shape(path)
@@ -237,6 +235,20 @@ def _check_width(config: Config, keys: Keys, stem: str, layer: int) -> None:
         raise InvalidDelta(
             f"{shown(keys.key(path))} has shape {list(shape)}, but reduction_factor gives a width of {width}",
             field="reduction_factor",
+        )
+
+
+def _check_pieces(config: Config, keys: Keys, stem: str, width: int) -> None:
+    """A Compacter's pieces and width must be what the config gives."""
+    last = "_right" if config["factorized_phm_W"] else ""
+    own = f"{stem}.adapter_down.{1 if config['ln_before'] else 0}.W{last}"
+    path = f"shared_parameters.{keys.name}.W_down{last}" if config["shared_W_phm"] else own
+    shape, pieces = keys.shape(path), positive(config, "phm_dim")
+    if len(shape) != 3 or shape[0] != pieces or shape[0] * shape[2] != width:
+        raise InvalidDelta(
+            f"{shown(keys.key(path))} has shape {list(shape)}, but phm_dim {pieces} and reduction_factor give "
+            f"[{pieces}, n, {width / pieces:g}]",
+            field="reduction_factor" if shape[:1] == (pieces,) else "phm_dim",
         )
 
 

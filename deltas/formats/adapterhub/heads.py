@@ -16,7 +16,7 @@ from deltas.formats.adapterhub.names import HEAD, HEAD_CONFIG, HEAD_FILES, PICKL
 from deltas.formats.adapterhub.options import activation
 from deltas.formats.files import DeltaFiles
 from deltas.formats.frozen import Frozen, same
-from deltas.formats.header import shown
+from deltas.formats.header import Header, shown
 from deltas.formats.plan import Check, PlannedComponent, check_config, one_of
 from deltas.formats.sources import Source
 from deltas.sites import BackboneSpec
@@ -101,7 +101,7 @@ def component(files: DeltaFiles, spec: BackboneSpec) -> tuple[PlannedComponent, 
     weights, outer = one_of_two(files, "", HEAD, PICKLED_HEAD), files.json(HEAD_CONFIG)
     config = outer.get("config")
     if config is None:
-        return _static(outer, weights), weights
+        return _static(outer, files.header(weights)), weights
     if not isinstance(config, dict):
         raise InvalidDelta(f"{HEAD_CONFIG}: config must be an object", field="config")
     return _flexible(config, outer.get("name"), files, weights, spec), weights
@@ -113,7 +113,7 @@ def _folders(files: DeltaFiles) -> Iterator[str]:
     yield from sorted({folder + slash for folder, slash, _ in seen})
 
 
-def _static(outer: Mapping[str, Any], weights: str) -> PlannedComponent:
+def _static(outer: Mapping[str, Any], header: Header) -> PlannedComponent:
     known = _STATIC.get(str(outer.get("model_class")))
     if known is None:
         raise UnsupportedDelta(
@@ -121,14 +121,13 @@ def _static(outer: Mapping[str, Any], weights: str) -> PlannedComponent:
             field=HEAD_CONFIG,
         )
     kind, pooling, modules = known
-    # Llama's and GPT-2's have no bias
-    bare = any(module == "score" for module in modules)
     sources: dict[str, Source] = {}
     for j, module in enumerate(modules):
-        for parameter in ("weight",) if bare else ("weight", "bias"):
-            sources[f"layers.{j}/{parameter}"] = f"{module}.{parameter}"
+        for parameter in ("weight", "bias"):
+            if f"{module}.{parameter}" in header.tensors:
+                sources[f"layers.{j}/{parameter}"] = f"{module}.{parameter}"
     config = {
-        "kind": kind,
+        "kind": "regress" if kind == "classify" and outer.get("num_labels") == 1 else kind,
         "pooling": pooling,
         "activations": list(modules.values()),
         "labels": _labels(outer.get("label2id")),

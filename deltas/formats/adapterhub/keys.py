@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from deltas.errors import InvalidDelta
 from deltas.formats.adapterhub import places
@@ -27,13 +29,16 @@ class Keys:
     repeats: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(files: DeltaFiles, file: str, name: object, spec: BackboneSpec, version: object) -> Keys:
-        """Raises :class:`InvalidDelta` for a name that is none, and what reading the header raises."""
+    def of(files: DeltaFiles, file: str, outer: Mapping[str, Any], spec: BackboneSpec) -> Keys:
+        """``outer`` is the configuration that names the adapter and the library's version.
+
+        Raises :class:`InvalidDelta` for a name that is none, and what reading the header raises."""
+        name, version = outer.get("name"), outer.get("version")
         if not isinstance(name, str) or not name:
             raise InvalidDelta("name must be the adapter's name", field="name")
         header, own = files.header(file), places.prefix(spec)
         inside = own if any(key.startswith(own) for key in header.tensors) else ""
-        return Keys(header, file, name, spec, version, versioned=version is not None, inside=inside)
+        return Keys(header, file, name, spec, version, versioned="version" in outer, inside=inside)
 
     def __contains__(self, path: str) -> bool:
         return self.inside + path in self.header.tensors

@@ -20,6 +20,7 @@ from deltas.formats.adapterhub.options import (
     attention_matrices,
     left_out,
     lora_scale,
+    old_scaling,
     positive,
 )
 from deltas.formats.adapterhub.places import Place
@@ -122,7 +123,7 @@ def _plain(config: Config, keys: Keys, targets: Targets) -> PlannedComponent:
 def _ia3(config: Config, keys: Keys, targets: Targets) -> PlannedComponent:
     if config["use_dora"] or config["r"] != 1:
         raise InvalidDelta("composition_mode 'scale' has r 1 and no DoRA", field="composition_mode")
-    scale = number(config["alpha"], "alpha")
+    scale = 1.0 if old_scaling(keys.version) else number(config["alpha"], "alpha")
     if any(part is not None for _, part in targets) and scale != 1.0:
         raise UnsupportedDelta(
             "the library scales all of a fused q, k, v layer by alpha, also what has no vector: use alpha 1",

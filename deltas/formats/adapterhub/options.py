@@ -225,6 +225,9 @@ def lora_scale(config: Config, version: object) -> float:
     rank, alpha = number(config["r"], "r"), number(config["alpha"], "alpha")
     if rank < 1:
         raise InvalidDelta("r must be 1 or more", field="r")
-    if isinstance(version, str) and _OLD_SCALING.match(version):
-        return 1.0
-    return alpha / rank
+    return 1.0 if old_scaling(version) else alpha / rank
+
+
+def old_scaling(version: object) -> bool:
+    """Whether the library reads alpha as r: files of that version were trained so."""
+    return isinstance(version, str) and _OLD_SCALING.match(version) is not None

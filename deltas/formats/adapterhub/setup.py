@@ -204,7 +204,7 @@ def _fused(
         repeats |= keys.repeats
     outer, options = _fusion_config(files, block)
     folder = f"{block.name}/"
-    own = Keys.of(files, one_of_two(files, folder, FUSION, PICKLED_FUSION), outer.get("name"), spec, None)
+    own = Keys.of(files, one_of_two(files, folder, FUSION, PICKLED_FUSION), outer, spec)
     sites = {name.rpartition("/")[0] for name in reads[0].sources}
     sources: dict[str, Source] = {}
     for j, part in enumerate(reads):

@@ -52,9 +52,7 @@ def opened(
     inner = outer.get("config")
     if not isinstance(inner, dict):
         raise InvalidDelta("config must be an object", field="config")
-    keys = Keys.of(
-        files, one_of_two(files, folder, WEIGHTS, PICKLED), outer.get("name"), spec, outer.get("version")
-    )
+    keys = Keys.of(files, one_of_two(files, folder, WEIGHTS, PICKLED), outer, spec)
     return outer, inner, keys
 
 

@@ -66,6 +66,8 @@ def _delta(
         yield _soft_prompt(options, keys, header, spec)
         return
     names = Names.of(config, spec)
+    if not keys.parts and not any(names.mean(module) for module in known.values()):
+        return  # the names mean nothing here, and only the backbone's own parameters were trained
     if kind == "prefix":
         yield prefixes.component(options, keys.parts, known, names, header, spec)
         return
@@ -177,7 +179,7 @@ def _tied(name: str, spec: BackboneSpec) -> list[str]:
     """The sites whose weight is this site's: those of the token embedding and, if tied, of the head."""
     embeddings = [site for site in spec.of_kind(SiteKind.EMBEDDING) if site.name.rpartition(".")[2] == EMBED]
     together = [site.name for site in embeddings] + ([HEAD] if spec.tied else [])
-    return together if name in together else [name]
+    return [n for n in together if not spec.sites[n].refused] if name in together else [name]
 
 
 __all__ = ["CONFIG", "PICKLED", "WEIGHTS", "plan"]

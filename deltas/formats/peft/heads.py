@@ -9,7 +9,7 @@ from deltas.formats.sources import Source
 
 _TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
 # By family and task: the layers' modules, their activations, what is pooled.
-_HEADS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] = {
+HEADS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] = {
     ("bert", "SEQ_CLS"): (("bert.pooler.dense", "classifier"), ("tanh", "identity"), "first"),
     ("roberta", "SEQ_CLS"): (("classifier.dense", "classifier.out_proj"), ("tanh", "identity"), "first"),
     ("bert", "TOKEN_CLS"): (("classifier",), ("identity",), "none"),
@@ -26,7 +26,7 @@ def read_head(reading: Reading) -> None:
     task = reading.config.get("task_type")
     if task not in _TASKS:
         return
-    layers, activations, pooling = _HEADS.get((reading.spec.family, str(task)), ((), (), ""))
+    layers, activations, pooling = HEADS.get((reading.spec.family, str(task)), ((), (), ""))
     found: dict[str, Source] = {}
     missing: list[str] = []
     for index, path in enumerate(layers):

@@ -10,6 +10,7 @@ from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.formats.files import listed
 from deltas.formats.header import Header, shown
 from deltas.formats.plan import PlannedComponent
+from deltas.formats.sources import Derived, Source
 from deltas.sites import BackboneSpec, Site, SiteKind
 
 CONFIG = "adapter_config.json"
@@ -62,6 +63,11 @@ class Reading:
                 field=key,
             )
         return site
+
+    def stored(self, site: Site, parameter: str, key: str) -> Source:
+        """A module's own parameter under that name of the file: GPT-2 stores its linears' weights ``[in, out]``."""
+        turned = self.spec.conv1d and site.kind is SiteKind.LINEAR and site.name != "head"
+        return Derived(key, transposed=True) if turned and parameter == "weight" else key
 
     def wrapped(
         self, parameters: Mapping[str, str], kinds: Iterable[SiteKind] = tuple(SiteKind)

@@ -12,7 +12,7 @@ from deltas.errors import InvalidDelta
 from deltas.formats.files import listed
 from deltas.formats.header import shown
 from deltas.formats.peft.reading import PREFIX, Reading, split_key
-from deltas.formats.sources import Derived, Given, Zeros
+from deltas.formats.sources import Derived, Given, Source, Zeros
 from deltas.sites import Site, SiteKind
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT decides to save a copy
@@ -30,7 +30,7 @@ def read_saved(reading: Reading) -> None:
     ):
         raise InvalidDelta("modules_to_save must be a list of names", field="modules_to_save")
     bias = reading.config.get("bias", "none")
-    found: dict[str, str] = {}
+    found: dict[str, Source] = {}
     for key in list(reading.left):
         split = split_key(key, ("weight", "bias"))
         if split is None:
@@ -62,7 +62,7 @@ def _is_chosen(path: str, names: list[str] | tuple[()]) -> bool:
 
 
 def _base_layer(
-    reading: Reading, key: str, path: str, parameter: str, bias: object, found: dict[str, str]
+    reading: Reading, key: str, path: str, parameter: str, bias: object, found: dict[str, Source]
 ) -> None:
     site = reading.site(key, path)
     if site is None:
@@ -73,11 +73,11 @@ def _base_layer(
         reading.copies[reading.claim(key)] = f"{site.path}.{parameter}"
 
 
-def _put(reading: Reading, found: dict[str, str], site: Site, parameter: str, key: str) -> None:
+def _put(reading: Reading, found: dict[str, Source], site: Site, parameter: str, key: str) -> None:
     name = f"{site.name}/{parameter}"
     if name in found:
-        raise InvalidDelta(f"{listed([found[name], key])} are the same tensor of the same module", field=key)
-    found[name] = reading.claim(key)
+        raise InvalidDelta(f"{shown(key)} is a second {name}", field=key)
+    found[name] = reading.stored(site, parameter, reading.claim(key))
 
 
 def _repeated(reading: Reading, key: str, path: str) -> bool:

@@ -99,7 +99,12 @@ def ln_tuning(reading: Reading) -> None:
             key = module.keys["weight"].removesuffix("weight") + "bias"
             raise InvalidDelta(f"{reading.file}: missing tensor: {key!r}", field=key)
     norms = all(module.site.kind is SiteKind.NORM for module in modules)
-    reading.add("ln" if norms else "override", {}, sources(modules))
+    found = {
+        f"{module.site.name}/{parameter}": reading.stored(module.site, parameter, key)
+        for module in modules
+        for parameter, key in module.keys.items()
+    }
+    reading.add("ln" if norms else "override", {}, found)
 
 
 def beft(reading: Reading) -> None:

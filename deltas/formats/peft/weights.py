@@ -6,7 +6,7 @@ from deltas.errors import InvalidDelta
 from deltas.formats.patterns import Patterns
 from deltas.formats.peft.keys import Keys, biases, tuner
 from deltas.formats.peft.low_rank import demand_shared, tuned
-from deltas.formats.peft.reading import Reading, Wrapped, sources
+from deltas.formats.peft.reading import PREFIX, SHARED, Reading, Wrapped, sources
 from deltas.formats.peft.targets import check_targets
 from deltas.formats.plan import one_of
 from deltas.formats.sources import Source
@@ -137,7 +137,7 @@ def hira(reading: Reading) -> None:
 
 def shira(reading: Reading) -> None:
     modules = tuned(reading, {"shira_weight": "values", "shira_indices": "indices"})
-    reading.add("shira", {}, sources(modules))
+    reading.add("shira", {"scale": 1.0}, sources(modules))
 
 
 def randlora(reading: Reading) -> None:
@@ -150,7 +150,12 @@ def randlora(reading: Reading) -> None:
         if reading.shape(module.keys["lambda"])[:1] != (rank,):
             raise InvalidDelta(f"{module.keys['lambda']!r} has another rank than r, {rank}", field="r")
     if config.get("save_projection", True):
-        found |= {side: demand_shared(reading, f"randlora_{side}") for side in "AB"}
+        for side in "AB":
+            found[side] = demand_shared(reading, f"randlora_{side}")
+            for module in modules:  # which have a copy each
+                key = f"{PREFIX}{module.path}.randlora_{side}"
+                if key in reading.left:
+                    reading.repeats[reading.claim(key)] = f"{SHARED}randlora_{side}"
     else:
         sparsity = (
             "very sparse" if config.get("very_sparse") else "sparse" if config.get("sparse") else "none"

@@ -20,7 +20,7 @@ from torch import Tensor
 from deltas import methods
 from deltas.delta import Component, Delta
 from deltas.errors import UnsupportedDelta
-from deltas.formats.peft_writer import absolute, entries, factors, prompts, transforms
+from deltas.formats.peft_writer import absolute, entries, factors, heads, prompts, transforms
 from deltas.formats.peft_writer.form import Form, Writer, targets
 from deltas.formats.peft_writer.lora import lora
 from deltas.sites import BackboneSpec
@@ -28,6 +28,7 @@ from deltas.weights import SiteWeights, Source
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_VERSION = "0.21.2"  # whose files these are
 
 _WRITERS: Mapping[str, Writer] = {
     "adalora": factors.adalora,
@@ -53,6 +54,8 @@ _WRITERS: Mapping[str, Writer] = {
     "prompt": prompts.prompt,
     "randlora": factors.randlora,
     "road": transforms.road,
+    "shira": entries.shira,
+    "supertuning": entries.supertuning,
     "tinylora": entries.tinylora,
     "tokens": absolute.trainable_tokens,
     "unilora": entries.unilora,
@@ -97,9 +100,12 @@ def export(
         "task_type": _task(form, spec),
         "base_model_name_or_path": delta.metadata.get("base_model_name_or_path", base_model),
         "inference_mode": True,
+        "peft_version": _VERSION,
     }
     if form.modules is not None:
         config["target_modules"] = targets(form.modules, spec)
+    if form.peft_type in absolute.WITH_BIAS:
+        config["bias"] = "none"
     config |= form.config
     return PeftFiles(config, form.tensors)
 
@@ -139,7 +145,8 @@ def _form(delta: Delta, weights: SiteWeights) -> Form:
         form = _write(*rest.pop(0), weights)
     for where, part in rest:
         with _naming(where):
-            form = absolute.beside(form, part, weights)
+            add = heads.beside if part.method == "head" else absolute.beside
+            form = add(form, part, weights)
     return form
 
 

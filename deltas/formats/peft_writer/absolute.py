@@ -17,8 +17,10 @@ from deltas.formats.peft_writer.form import PREFIX, Form, Here, Modules, alike, 
 from deltas.sites import BackboneSpec, SiteKind
 from deltas.weights import SiteWeights
 
+_ROWS = "trainable_tokens_delta"
+
 # The types whose configs have ``bias``: trained biases beside the tuner.
-_WITH_BIAS = frozenset(
+WITH_BIAS = frozenset(
     {
         *(
             "ADALORA",
@@ -55,9 +57,10 @@ def trainable_tokens(component: Component, weights: SiteWeights) -> Form:
     indices = alike((here.tensors["indices"].tolist() for here in sites), "tokens")
     tied = _tied(sites, spec)
     for here in [here for here in sites if here not in tied]:
-        modules.add(_embedding(here), {"trainable_tokens_delta": here.tensors["rows"]})
+        modules.add(_embedding(here), {_ROWS: here.tensors["rows"]})
     if tied:
-        modules.add(spec.sites["embed"].path, {"trainable_tokens_delta": tied[0].tensors["rows"]})
+        modules.add(spec.sites["embed"].path, {_ROWS: tied[0].tensors["rows"]})
+        modules.tensors |= {f"{PREFIX}{here.path}.{_ROWS}": here.tensors["rows"] for here in tied}
     return modules.form("TRAINABLE_TOKENS", {"token_indices": indices})
 
 
@@ -72,7 +75,7 @@ def beside(form: Form, component: Component, weights: SiteWeights) -> Form:
     saved: list[str] = []
     for here in sites_of(component, weights.spec):
         wrapped = here.path in form.modules
-        biased = form.peft_type in _WITH_BIAS and here.site.bias
+        biased = form.peft_type in WITH_BIAS and here.site.bias
         if "beta" in here.tensors and not biased:
             raise UnsupportedDelta(
                 f"it shifts {here.site.name}, where PEFT has no bias to train beside {form.peft_type}",
@@ -104,7 +107,11 @@ def joined(components: Iterable[Component], spec: BackboneSpec) -> list[Componen
     the delta does so too, it need not say it.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
+    heads: list[Component] = []
     for component in components:
+        if component.method == "head":
+            heads.append(component)
+            continue
         method = "override" if component.method == "ln" else component.method
         tensors.setdefault(method, {}).update(component.tensors)
     head = spec.sites.get("head")
@@ -114,7 +121,7 @@ def joined(components: Iterable[Component], spec: BackboneSpec) -> list[Componen
             raise UnsupportedDelta(
                 "it trains tokens of a tied head and keeps the head's bias, which PEFT drops", field="head"
             )
-    return [Component(method, {}, found) for method, found in tensors.items() if found]
+    return [*(Component(method, {}, found) for method, found in tensors.items() if found), *heads]
 
 
 def _tokens_beside(form: Form, component: Component, weights: SiteWeights) -> Form:
@@ -129,7 +136,7 @@ def _tokens_beside(form: Form, component: Component, weights: SiteWeights) -> Fo
     tensors = dict(form.tensors)
     for path, here in named.items():
         indices[targets([path], spec)[0]] = here.tensors["indices"].tolist()
-        tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = here.tensors["rows"]
+        tensors[f"{PREFIX}{path}.token_adapter.{_ROWS}"] = here.tensors["rows"]
     return replace(form, config={**form.config, "trainable_token_indices": indices}, tensors=tensors)
 
 

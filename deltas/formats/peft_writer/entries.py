@@ -19,6 +19,7 @@ from deltas.formats.peft_writer.form import (
     linears_only,
     patterns,
     plain,
+    scale_of,
     sites_of,
 )
 from deltas.weights import SiteWeights
@@ -64,6 +65,27 @@ def c3a(component: Component, weights: SiteWeights) -> Form:
     )
 
 
+def shira(component: Component, weights: SiteWeights) -> Form:
+    """PEFT wants ``r (in + out)`` entries of every weight, and has no scale."""
+    sites, modules = sites_of(component, weights.spec), Modules()
+    linears_only(sites, weights.spec, "SHIRA")
+    ranks = []
+    for here in sites:
+        values, scale = here.tensors["values"], scale_of(component, here)
+        if scale != 1.0:
+            values = (values.to(torch.float32) * scale).to(values.dtype)
+        modules.add(here.path, {"shira_weight": values, "shira_indices": here.tensors["indices"]})
+        rank, rest = divmod(len(values), here.site.in_features + here.site.out_features)
+        if rest or not rank:
+            raise UnsupportedDelta(
+                f"it has {len(values)} entries at {here.site.name}, where PEFT wants a multiple of "
+                f"{here.site.in_features + here.site.out_features}",
+                field=here.site.name,
+            )
+        ranks.append(rank)
+    return modules.form("SHIRA", {"r": alike(ranks, "rank"), "mask_type": "random"})
+
+
 def glora(component: Component, weights: SiteWeights) -> Form:
     """PEFT has one kind for A and B, one for C, one for D and E; of a pair, what is missing is zero."""
     sites, modules = sites_of(component, weights.spec), Modules()
@@ -72,10 +94,10 @@ def glora(component: Component, weights: SiteWeights) -> Form:
     for here in sites:
         parameters: dict[str, Tensor] = {}
         for paths, kind in kinds.items():
-            if paths != "AB" and not here.site.bias:
-                continue
+            # without a bias of the backbone's, what would change it is off
+            kept = kind if paths == "AB" or here.site.bias else "none"
             for path in paths:
-                for name, tensor in _glora_path(path, kind, here).items():
+                for name, tensor in _glora_path(path, kept, here).items():
                     parameters[f"glora_{path}.{name}"] = tensor
         modules.add(here.path, parameters)
     ranks = [tensor.shape[0] for name, tensor in modules.tensors.items() if name.endswith(".Xu")]
@@ -102,14 +124,14 @@ def _glora_kind(paths: str, sites: Iterable[Here]) -> str:
 
 
 def _glora_path(path: str, kind: str, here: Here) -> dict[str, Tensor]:
+    out, wide = here.site.out_features, here.site.in_features
+    shape = {"A": (out, wide), "B": (out, wide), "C": (wide, 1), "D": (out,), "E": (out,)}[path]
+    if kind == "none":
+        return {"zeros": torch.zeros(shape)}
     if f"{path}.up" in here.tensors:
         return {"Xd": here.tensors[f"{path}.up"], "Xu": here.tensors[f"{path}.down"]}
     if path in here.tensors:
         return {"X": here.tensors[path]}
-    if kind == "none":
-        return {}
-    out, wide = here.site.out_features, here.site.in_features
-    shape = {"A": (out, wide), "B": (out, wide), "C": (wide, 1), "D": (out,), "E": (out,)}[path]
     if kind == "lora":
         rank = max(tensor.shape[0] for name, tensor in here.tensors.items() if name.endswith(".down"))
         return {"Xd": torch.zeros(shape[0], rank), "Xu": torch.zeros(rank, shape[1])}
@@ -192,3 +214,40 @@ def tinylora(component: Component, weights: SiteWeights) -> Form:
             "fan_in_fan_out": weights.spec.conv1d,
         },
     )
+
+
+def supertuning(component: Component, weights: SiteWeights) -> Form:
+    """Of every weight PEFT changes a share ``1 - sparsity``, rounded down; it scales the factors by ``alpha / r``."""
+    sites, modules = sites_of(component, weights.spec), Modules()
+    linears_only(sites, weights.spec, "SUPERTUNING")
+    names = {
+        "values": "supertuning_values",
+        "indices": "supertuning_indices",
+        "A": "supertuning_lora_A.weight",
+        "B": "supertuning_lora_B.weight",
+    }
+    for here in sites:
+        modules.add(here.path, {names[name]: tensor for name, tensor in here.tensors.items()})
+    saved = alike(("indices" in here.tensors for here in sites), "whether they have indices")
+    rank = alike((here.size("A") if "A" in here.tensors else None for here in sites), "rank")
+    return modules.form(
+        "SUPERTUNING",
+        {
+            "sparsity": _sparsity(sites),
+            "select_top": component.config.get("largest", True),
+            "save_precomputed_indices": saved,
+            "r": rank,
+            "lora_alpha": None if rank is None else plain(component.config["scale"] * rank),
+        },
+    )
+
+
+def _sparsity(sites: Iterable[Here]) -> float:
+    counts = [(here.site.in_features * here.site.out_features, here.size("values")) for here in sites]
+    least = max(count / total for total, count in counts)
+    most = min((count + 1) / total for total, count in counts)
+    for digits in range(1, 16):
+        sparsity = round(1 - (least + most) / 2, digits)
+        if all(int(total * (1 - sparsity)) == count for total, count in counts):
+            return sparsity
+    raise UnsupportedDelta("its sites have shares of changed entries that no one sparsity gives")

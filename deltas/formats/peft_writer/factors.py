@@ -10,6 +10,7 @@ import torch
 from deltas.delta import Component
 from deltas.errors import UnsupportedDelta
 from deltas.formats.peft_writer.form import (
+    PREFIX,
     Form,
     Here,
     Modules,
@@ -46,9 +47,8 @@ def adalora(component: Component, weights: SiteWeights) -> Form:
         {
             "init_r": most,
             "target_r": most,
-            "r": most,
             "lora_alpha": plain(scale * (most + 1e-5)),
-            "rank_pattern": ranks,
+            "rank_pattern": ranks if any(not all(kept) for kept in ranks.values()) else None,
             "total_step": 1,
             _CONV1D: weights.spec.conv1d,
         },
@@ -203,7 +203,11 @@ def randlora(component: Component, weights: SiteWeights) -> Form:
     seed, sparsity = component.config.get("seed"), component.config.get("sparsity")
     if seed is None:
         for name in ("A", "B"):
-            modules.tensors[f"base_model.randlora_{name}"] = component.tensors[name]
+            for start in (
+                "base_model.",
+                *(f"{PREFIX}{path}." for path in modules.paths),
+            ):  # PEFT repeats them
+                modules.tensors[f"{start}randlora_{name}"] = component.tensors[name]
     return modules.form(
         "RANDLORA",
         {

@@ -44,7 +44,7 @@ def lora(component: Component, weights: SiteWeights) -> Form:
             zeros = torch.zeros(module.out_features, dtype=tensors["B"].dtype)
             named["lora_B.bias"] = tensors.get("bias", zeros)
         if dora is not None:
-            named["lora_magnitude_vector"] = _magnitude(tensors, module, dora)
+            named["lora_magnitude_vector"] = _magnitude(tensors, module, dora, scale)
         modules.add(path, named)
     default = component.config["scale"] if component.config["scale"] in by_path.values() else None
     return modules.form(
@@ -97,12 +97,15 @@ def _merged(
     return (merged if bias is None else merged | {"bias": bias}), 1.0
 
 
-def _magnitude(tensors: Mapping[str, Tensor], site: Site, dora: str) -> Tensor:
+def _magnitude(tensors: Mapping[str, Tensor], site: Site, dora: str, scale: float) -> Tensor:
     if "magnitude" not in tensors:
-        raise UnsupportedDelta(f"{site.name} has no magnitude, others have: PEFT has one for every module")
-    if dora != "peft" and site.bias:
         raise UnsupportedDelta(
-            f"{site.name}: DoRA that scales the bias too (AdapterHub's); PEFT leaves it alone",
+            f"{site.name} has no magnitude, others have: PEFT has one for every module", field=site.name
+        )
+    if dora != "peft" and (site.bias or scale != 1.0):
+        raise UnsupportedDelta(
+            f"{site.name}: AdapterHub's DoRA scales the bias too, and takes norms without the factors' scale; "
+            "PEFT does neither",
             field=site.name,
         )
     return tensors["magnitude"]

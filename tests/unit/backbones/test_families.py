@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from transformers import BertConfig, GPT2Config, PretrainedConfig, RobertaConfig, T5Config
+from transformers import (
+    BertConfig,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    RobertaConfig,
+    T5Config,
+)
 
-from deltas.backbones import describe
+from deltas.backbones import describe, families
 from deltas.errors import UnsupportedBackbone
 from deltas.sites import BackboneSpec, SiteKind
+from tests.unit.backbones import tiny
 
 
 def leaves(spec: BackboneSpec, stem: str) -> list[str]:
@@ -131,7 +143,83 @@ def test_what_no_table_describes_is_refused(config: PretrainedConfig) -> None:
     assert caught.value.field in ("add_cross_attention", "is_decoder", "position_embedding_type")
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (OPTConfig(do_layer_norm_before=False), "do_layer_norm_before"),
+        (OPTConfig(word_embed_proj_dim=512), "word_embed_proj_dim"),
+        (OPTConfig(layer_norm_elementwise_affine=False), "layer_norm_elementwise_affine"),
+        (OPTConfig(_remove_final_layer_norm=True), "_remove_final_layer_norm"),
+        (GemmaConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (LlamaConfig(rope_parameters=LONGROPE), "rope_parameters"),
+        (
+            Gemma3TextConfig(
+                rope_parameters={
+                    "full_attention": LONGROPE,
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            ),
+            "rope_parameters",
+        ),
+        (GPTNeoXConfig(rope_parameters=LONGROPE), "rope_parameters"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_the_decoders_tables_do_not_describe_is_refused(config: PretrainedConfig, field: str) -> None:
+    with pytest.raises(UnsupportedBackbone) as caught:
+        describe(config, "r1")
+    assert caught.value.field == field
+
+
+def attention(spec: BackboneSpec) -> list[str]:
+    return leaves(spec, "layers.1.attn")
+
+
+def test_decoders_of_llamas_shape() -> None:
+    specs = {name: describe(config(), "r1") for name, config in tiny.CONFIGS.items()}
+    plain = ["norm", "q", "k", "v", "kv", "o", "out"]
+    for name in ("mistral", "mistral windowed", "qwen2", "gemma"):
+        assert attention(specs[name]) == plain
+        assert leaves(specs[name], "layers.0.mlp") == ["norm", "gate", "up", "down", "out"]
+    assert attention(specs["qwen3"]) == ["norm", "q", "q_norm", "k", "k_norm", "v", "kv", "o", "out"]
+    assert attention(specs["gemma2"]) == [*plain[:-1], "outer_norm", "out"]
+    assert attention(specs["gemma3_text"]) == [*plain[:4], "q_norm", "k_norm", "kv", "o", "outer_norm", "out"]
+    biased = {
+        name: [leaf for leaf in "qkvo" if spec.sites[f"layers.0.attn.{leaf}"].bias]
+        for name, spec in specs.items()
+        if "layers.0.attn.q" in spec.sites
+    }
+    assert biased.pop("qwen2") == biased.pop("qwen2 windowed") == ["q", "k", "v"]
+    assert biased.pop("qwen3 windowed") == biased.pop("opt") == ["q", "k", "v", "o"]
+    assert not any(biased.values())
+    for name, spec in specs.items():
+        assert spec.family == tiny.family_of(name)
+        assert spec.kv_heads == {"gemma": 1, "gpt_neox": 4, "opt": 4}.get(spec.family, 2)
+        free = name in ("mistral", "qwen3", "qwen3 windowed") or spec.family.startswith("gemma")
+        assert spec.head_dim == (10 if free else 8)
+        assert spec.sites["embed"].scale == (32**0.5 if spec.family.startswith("gemma") else 1.0)
+
+
+def test_gpt_neox_has_one_linear_for_attention() -> None:
+    spec = describe(tiny.CONFIGS["gpt_neox"](), "r1")
+    assert attention(spec) == ["norm", "qkv", "kv", "o", "out"]
+    whole = spec.sites["layers.1.attn.qkv"]
+    assert (whole.out_features, spec.parts_of(whole)) == (96, [])
+    assert leaves(spec, "layers.1.mlp") == ["norm", "up", "down", "out"]
+    assert (spec.base_prefix, spec.max_positions) == ("gpt_neox", 48)
+
+
+def test_positions_of_opt_begin_behind_two_rows() -> None:
+    spec = describe(tiny.CONFIGS["opt"](), "r1")
+    assert (spec.sites["embed.positions"].in_features, spec.max_positions) == (50, 48)
+    assert list(spec.sites)[:2] == ["embed", "embed.positions"]
+
+
 def test_other_families_are_refused_with_the_list() -> None:
-    with pytest.raises(UnsupportedBackbone, match=r"'clvp'.*bert, gpt2, llama, roberta, t5") as caught:
+    with pytest.raises(UnsupportedBackbone, match=rf"'clvp'.*{', '.join(families())}$") as caught:
         describe(PretrainedConfig(model_type="clvp"), "r1")
     assert caught.value.field == "model_type"

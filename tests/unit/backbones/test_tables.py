@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import (
     AttentionInterface,
     AutoConfig,
+    AutoModelForCausalLM,
     BertForMaskedLM,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltas.backbones import describe, families
 from deltas.sites import BackboneSpec, Site, SiteKind
+from tests.unit.backbones import tiny
 
 BACKBONES = Path(__file__).parents[2] / "oracle" / "fixtures" / "backbones"
 MODELS: dict[str, Any] = {
@@ -35,6 +37,8 @@ MODELS: dict[str, Any] = {
     "t5_gated": T5ForConditionalGeneration,
 }
 TOKENS, ENCODED = 7, 5
+OUTER_NORMS = {"gemma2", "gemma3_text"}
+ROTARY = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
 NEVER_CALLED = {"shared"}  # T5's stacks have token embeddings of their own, which share its weight
 ONLY_A_TIED_BIAS = {"bert": {"cls.predictions"}, "roberta": {"lm_head"}}
 
@@ -53,10 +57,14 @@ class Calls(NamedTuple):
     attended: dict[str, tuple[Tensor, Tensor]]  # by attention module: keys and values, [tokens, width]
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
-def backbone(request: pytest.FixtureRequest) -> Backbone:
-    folder = BACKBONES / request.param
-    model = MODELS[request.param].from_pretrained(folder, attn_implementation="eager").eval()
+@pytest.fixture(scope="module", params=sorted([*MODELS, *tiny.CONFIGS]))
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    if request.param in MODELS:
+        folder, kind = BACKBONES / request.param, MODELS[request.param]
+    else:
+        folder = tiny.save(request.param, tmp_path_factory.mktemp("backbone"))
+        kind = AutoModelForCausalLM
+    model = kind.from_pretrained(folder, attn_implementation="eager").eval()
     return Backbone(model, describe(AutoConfig.from_pretrained(folder), "r1"))
 
 
@@ -146,20 +154,28 @@ def test_sites_are_in_the_order_of_a_pass(backbone: Backbone, calls: Calls) -> N
 def test_blocks(backbone: Backbone, calls: Calls) -> None:
     """The block's output and its residual add up to what the next norm is given."""
     spec = backbone.spec
-    norms = [site.path for site in spec.of_kind(SiteKind.NORM)]
     blocks = spec.of_kind(SiteKind.BLOCK)
+    ends = {block.path for block in blocks}
+    norms = [s.path for s in spec.of_kind(SiteKind.NORM) if not s.heads_axis and s.path not in ends]
+    parallel = getattr(backbone.model.config, "use_parallel_residual", False)
     cross = sum(".cross." in block.name for block in blocks)
     assert len(blocks) - cross == 2 * spec.layers * (2 if spec.kind == "encoder-decoder" else 1)
     for block in blocks:
-        assert spec.by_path[block.path].name.endswith((".attn.o", ".mlp.down", ".cross.o"))
-        residual = calls.given[block.residual]
+        last = (".outer_norm",) if spec.family in OUTER_NORMS else (".attn.o", ".mlp.down", ".cross.o")
+        assert spec.by_path[block.path].name.endswith(last)
+        residual, gave = calls.given[block.residual], calls.gave[block.path]
         if spec.pre_norm:
             following = norms[norms.index(block.residual) + 1]
             assert calls.given[block.inner] is calls.gave[block.residual]
         else:
             following = block.norm
             assert calls.given[block.inner] is residual
-        assert torch.equal(calls.gave[block.path] + residual, calls.given[following])
+        if parallel and block.name.endswith("attn.out"):
+            assert calls.given[following] is residual  # to which the feed-forward's output is added as well
+            continue
+        if parallel:
+            gave = gave + calls.gave[spec.sites[block.name.replace("mlp.out", "attn.o")].path]
+        assert torch.equal((gave + residual).view(-1), calls.given[following].view(-1))
 
 
 def test_keys_and_values(backbone: Backbone, calls: Calls) -> None:
@@ -170,12 +186,22 @@ def test_keys_and_values(backbone: Backbone, calls: Calls) -> None:
         keys, values = calls.attended[site.path]
         assert site.in_features == site.out_features == keys.shape[1] == spec.kv_heads * spec.head_dim
         stem = site.name.removesuffix("kv")
-        assert torch.equal(values, output(spec.sites[f"{stem}v"], calls))
-        if spec.family != "llama":  # whose keys are rotated before they attend
-            assert torch.equal(keys, output(spec.sites[f"{stem}k"], calls))
+        assert torch.equal(values, made(spec, stem, "v", calls))
+        if spec.family not in ROTARY:  # whose keys are rotated before they attend
+            assert torch.equal(keys, made(spec, stem, "k", calls))
         if ".cross." in site.name:
             assert len(keys) == ENCODED
             assert calls.given[spec.sites[f"{stem}k"].path] is calls.gave[spec.sites["encoder.norm"].path]
+
+
+def made(spec: BackboneSpec, stem: str, leaf: str, calls: Calls) -> Tensor:
+    """Keys or values ``[tokens, width]`` as the linears give them."""
+    if spec.family != "gpt_neox":
+        return output(spec.sites[f"{stem}{leaf}"], calls)
+    fused = output(
+        spec.sites[f"{stem}qkv"], calls
+    )  # query, key and value of the first head, of the second, ...
+    return fused.view(len(fused), spec.heads, 3, spec.head_dim)[:, :, "qkv".index(leaf)].flatten(1)
 
 
 def output(site: Site, calls: Calls) -> Tensor:
@@ -195,4 +221,25 @@ def test_paths_with_and_without_the_base_models_name(backbone: Backbone) -> None
 
 
 def test_every_family_is_here() -> None:
-    assert families() == sorted({name.removesuffix("_gated") for name in MODELS})
+    names = {name.removesuffix("_gated") for name in MODELS} | {tiny.family_of(n) for n in tiny.CONFIGS}
+    assert families() == sorted(names)
+
+
+def test_norms_of_heads(backbone: Backbone, calls: Calls) -> None:
+    """The heads are where the table says, and each norm is given rows of one head's width."""
+    spec = backbone.spec
+    norms = [site for site in spec.of_kind(SiteKind.NORM) if site.heads_axis]
+    assert len(norms) == (2 * spec.layers if spec.family in ("qwen3", "gemma3_text") else 0)
+    for site in norms:
+        heads = spec.heads if site.name.endswith("q_norm") else spec.kv_heads
+        shape = list(calls.given[site.path].shape)
+        assert shape.pop(site.heads_axis) == heads
+        assert shape == [1, TOKENS, spec.head_dim]
+
+
+def test_embeddings_are_scaled_as_the_table_says(backbone: Backbone, calls: Calls) -> None:
+    for name in ("embed", "encoder.embed", "decoder.embed"):
+        site = backbone.spec.sites.get(name)
+        if site is not None and site.path in calls.gave:
+            looked_up = backbone.model.get_submodule(site.path).weight[calls.given[site.path]]
+            torch.testing.assert_close(calls.gave[site.path], looked_up * site.scale)

@@ -103,20 +103,17 @@ def change(folder: Path, where: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        ("config.ln_before", True),
-        ("config.ln_after", True),
         ("config.use_gating", True),
-        ("config.inv_adapter", "nice"),
+        ("config.inv_adapter", "glow"),
         ("config.invertible_adapter", {"block_type": "nice", "reduction_factor": 2}),
         ("config.cross_adapter", True),
-        ("config.phm_layer", True),
-        ("config.scaling", "learned"),
-        ("config.scaling", "channel"),
         ("config.residual_before_ln", "post_add"),
+        ("config.residual_before_ln", 1),
         ("config.original_ln_after", False),
         ("config.non_linearity", "prelu"),
         ("config.non_linearity", "gelu_orig"),
-        ("config.architecture", "lora"),
+        ("config.architecture", "reft"),
+        ("config.architecture", "later"),
         ("config.architecture", ["union"]),
         ("config.later_option", None),
         ("later_option", 1),
@@ -130,6 +127,35 @@ def test_other_mathematics_is_refused_by_name(
     with pytest.raises(UnsupportedDelta) as caught:
         read(files_in(saved), spec)
     assert caught.value.field == where.rpartition(".")[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "missing"),
+    [
+        ("ln_before", True, "adapter_down.0.weight"),
+        ("ln_after", True, "adapter_norm_after.weight"),
+        ("inv_adapter", "nice", "invertible_adapters.support-tone.F.0.weight"),
+        ("phm_layer", True, "adapter_down.0.W_left"),
+        ("scaling", "learned", "scaling"),
+        ("scaling", "channel", "scaling"),
+        ("architecture", "lora", "loras.support-tone.lora_A"),
+        ("architecture", "prefix_tuning", "prefix_tunings.support-tone.self_prefix.wte.weight"),
+    ],
+)
+def test_options_need_their_tensors(
+    saved: Path, spec: BackboneSpec, key: str, value: Any, missing: str
+) -> None:
+    change(saved, f"config.{key}", value)
+    if key == "architecture":
+        config = json.loads((saved / CONFIG).read_text())
+        (saved / CONFIG).write_text(json.dumps(config | {"config": {"architecture": value}}))
+    with pytest.raises(InvalidDelta) as caught:
+        read(files_in(saved), spec)
+    assert caught.value.field is not None
+    if key == "ln_before":  # the file's linear is where the norm should be
+        assert caught.value.field.endswith("adapter_down.1.weight")
+    else:
+        assert caught.value.field.endswith(missing)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +178,7 @@ def test_other_mathematics_is_refused_by_name(
         ("config.leave_out", ["1"]),
         ("config.non_linearity", None),
         ("config.scaling", None),
+        ("config.scaling", "trained"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(saved: Path, spec: BackboneSpec, where: str, value: Any) -> None:
@@ -189,7 +216,9 @@ def test_the_tensors_must_be_those_the_config_promises(saved: Path, spec: Backbo
         change(saved, f"config.{flag}", False)
         with pytest.raises(DeltaError):
             read(files_in(saved), spec)
-    change(saved, "config.leave_out", [1])
+    with pytest.raises(InvalidDelta, match="places no adapter"):
+        read(files_in(saved), spec)
+    change(saved, "config.output_adapter", True)
     with pytest.raises(InvalidDelta, match="mean nothing"):
         read(files_in(saved), spec)
 
@@ -224,20 +253,26 @@ def test_gelu_means_gelu_new_without_a_version(saved: Path, spec: BackboneSpec) 
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "residual", "reads"),
+    ("before", "after", "residual", "reads", "onto"),
     [
-        (True, True, True, BlockInput.OUTPUT_AND_RESIDUAL),
-        (True, False, False, BlockInput.OUTPUT_AND_RESIDUAL),
-        (False, True, True, BlockInput.OUTPUT),
-        (False, True, False, BlockInput.OUTPUT),
-        (True, True, False, None),
-        (True, False, True, None),
-        (False, False, True, None),
-        (False, False, False, None),
+        (True, True, True, BlockInput.OUTPUT_AND_RESIDUAL, None),
+        (True, False, False, BlockInput.OUTPUT_AND_RESIDUAL, None),
+        (False, True, True, BlockInput.OUTPUT, None),
+        (False, True, False, BlockInput.OUTPUT, None),
+        (True, True, False, BlockInput.OUTPUT_AND_RESIDUAL, "output+residual"),
+        (True, False, True, None, None),
+        (False, False, True, None, None),
+        (False, False, False, None, None),
     ],
 )
-def test_only_sums_that_keep_the_residual_once_are_served(
-    saved: Path, spec: BackboneSpec, before: bool, after: bool, residual: bool, reads: BlockInput | None
+def test_only_sums_that_keep_the_residual_are_served(
+    saved: Path,
+    spec: BackboneSpec,
+    before: bool,
+    after: bool,
+    residual: bool,
+    reads: BlockInput | None,
+    onto: str | None,
 ) -> None:
     change(saved, "config.original_ln_before", before)
     change(saved, "config.original_ln_after", after)
@@ -246,4 +281,5 @@ def test_only_sums_that_keep_the_residual_once_are_served(
         with pytest.raises(UnsupportedDelta, match="residual"):
             read(files_in(saved), spec)
     else:
-        assert read(files_in(saved), spec).components[0].config["reads"] == reads
+        config = read(files_in(saved), spec).components[0].config
+        assert (config["reads"], config.get("onto")) == (reads, onto)

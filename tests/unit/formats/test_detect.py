@@ -64,9 +64,9 @@ def test_several_deltas_at_once_are_refused(
     assert "several" in str(refused(upload(tmp_path, **texts), spec, InvalidDelta))
 
 
-def test_opendelta_is_refused_by_name(tmp_path: Path, spec: BackboneSpec) -> None:
-    files = upload(tmp_path, config__json={"delta_type": "lora"}, pytorch_model__bin="x")
-    assert "OpenDelta" in str(refused(files, spec, UnsupportedDelta))
+def test_opendelta_is_known_by_its_delta_type(tmp_path: Path, spec: BackboneSpec) -> None:
+    files = upload(tmp_path, config__json={"delta_type": "strange"}, pytorch_model__bin="x")
+    assert "OpenDelta's 'strange'" in str(refused(files, spec, UnsupportedDelta))
 
 
 @pytest.mark.parametrize(

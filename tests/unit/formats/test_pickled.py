@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaForCausalLM
 
 from deltas.backbones import describe
-from deltas.errors import DeltaError, UnsupportedDelta
+from deltas.errors import DeltaError, InvalidDelta, UnsupportedDelta
 from deltas.formats import DeltaFiles, read
-from deltas.weights import FrozenTensors
 from deltas.sites import BackboneSpec
+from deltas.weights import FrozenTensors
 from tests.unit.formats.pickled_files import NAME, Call, converted, forged, refused
 
 FIXTURES = Path(__file__).parents[2] / "oracle" / "fixtures" / "adapterhub"
@@ -189,7 +189,10 @@ NOT_PLAIN: dict[str, tuple[Callable[[], object], str]] = {
     "control characters": (lambda: {"a\x1b[31m\n": BASE}, r"'a\x1b[31m\n'"),
     "metadata": (lambda: {"__metadata__": BASE}, "names a tensor '__metadata__'"),
     "100k tensors": (lambda: {str(i): BASE[i] for i in range(len(BASE))}, "has 100000 tensors"),
-    "many times the same": (lambda: {str(i): BASE for i in range(50)}, "together claim more bytes"),
+    "many times nearly the same": (
+        lambda: {str(i): BASE[i:] for i in range(50)},
+        "together claim more bytes",
+    ),
 }
 
 
@@ -199,6 +202,17 @@ def test_only_flat_dicts_of_dense_floats(tmp_path: Path, case: str) -> None:
     content, problem = NOT_PLAIN[case]
     torch.save(content(), tmp_path / NAME)
     assert problem in refused(tmp_path / NAME)
+
+
+def test_a_tensor_with_many_names_is_written_once_and_not_read_more_often(tmp_path: Path) -> None:
+    torch.save({f"name.{i}": BASE for i in range(50)}, tmp_path / NAME)
+    files = files_in(tmp_path)
+    assert len(files.header(NAME).tensors) == 50
+    assert torch.equal(files.tensors(NAME, ["name.7"])["name.7"], BASE)
+    with pytest.raises(InvalidDelta, match="together claim more bytes"):
+        files.tensors(NAME, ["name.0", "name.1"])
+    (written,) = tmp_path.glob("converted-*/*.safetensors")
+    assert written.stat().st_size < 2 * BASE.numel() * BASE.itemsize
 
 
 @pytest.mark.parametrize(

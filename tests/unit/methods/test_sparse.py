@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from deltas.backbones import describe
 from deltas.delta import Component, Delta
@@ -96,6 +96,10 @@ def test_a_mask_is_not_applied_twice(spec: BackboneSpec) -> None:
     part = one("masking", {f"{Q}/indices": places([1], [1])}).components[0]
     with pytest.raises(UnsupportedDelta, match="two components change the mask"):
         check(Delta((part, part)), spec)
+    gpt2 = describe(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=20), "test")
+    tensors = {f"layers.0.attn.{leaf}/indices": places([1], [1]) for leaf in ("qkv", "v")}
+    with pytest.raises(InvalidDelta, match="of which it is part"):
+        check(one("masking", tensors), gpt2)
 
 
 def test_dense(spec: BackboneSpec) -> None:

@@ -1,0 +1,184 @@
+"""Breaks the code on purpose, one invariant at a time, and checks that a test notices.
+
+    python -m tests.mutants [--only WORD]        (make mutants)
+
+Each mutant is one replacement in one file of a scratch copy of the tree, and the tests that must then fail. A mutant
+that no test kills, or whose text is not found any more, is an error. Not part of ``make test``: it runs the tests of
+many broken trees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", "*_cache", "__pycache__", "*.egg-info", "data", ".hypothesis"
+)
+
+MIXED = "tests/oracle/test_mixed_tiny.py"
+ENGINE = "tests/unit/engine/test_engine.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` becomes ``new`` in ``file``; one of ``tests`` must fail. ``invariant`` is DESIGN's number and what breaks."""
+
+    invariant: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "1 right delta: neighbours of another delta are joined",
+        "deltas/batch.py",
+        "last.delta is segment.delta and",
+        "last.delta is not None and",
+        (MIXED,),
+    ),
+    Mutant(
+        "1 right delta: every delta is applied to the first rows",
+        "deltas/ops/table.py",
+        "part[:, :, ROW0] = segment.row0",
+        "part[:, :, ROW0] = 0",
+        (MIXED,),
+    ),
+    Mutant(
+        "1 right delta: a kept plan is used for other deltas",
+        "server/engine/runner.py",
+        "key = (tuple(id(delta) for delta in deltas), shape)",
+        "key = (len(deltas), shape)",
+        (MIXED, ENGINE),
+    ),
+    Mutant(
+        "1 right delta: positions do not shift by a prompt",
+        "server/engine/runner.py",
+        "first = row.start + (0 if delta is None else delta.shift)",
+        "first = row.start",
+        (MIXED,),
+    ),
+    Mutant(
+        "1 right delta: a part's gain also scales what is added to the whole",
+        "deltas/pack.py",
+        "for m in ordered]\n    if not apart",
+        "for m in ordered]\n    apart = True\n    if not apart",
+        ("tests/unit/test_pack.py",),
+    ),
+    Mutant(
+        "2 no silent no-op: tensors that mean nothing are passed over",
+        "deltas/formats/plan.py",
+        "    if names:\n        raise InvalidDelta(",
+        "    if names and len(names) > 1000:\n        raise InvalidDelta(",
+        ("tests/unit/formats/test_peft_refused.py", "tests/unit/formats/test_adapterhub.py"),
+    ),
+    Mutant(
+        "2 no silent no-op: unknown keys of a config are passed over",
+        "deltas/formats/plan.py",
+        "        if key not in checks:\n            raise",
+        "        if key not in checks:\n            continue\n            raise",
+        ("tests/unit/formats/test_peft_refused.py", "tests/unit/formats/test_adapterhub.py"),
+    ),
+    Mutant(
+        "5 the backbone never changes: a hook writes to its weight",
+        "deltas/hooks.py",
+        "            rows = y.view(-1, y.shape[-1])\n            if plan is not None:",
+        "            rows = y.view(-1, y.shape[-1])\n"
+        "            self.members[0].weight.data.mul_(1.001)\n            if plan is not None:",
+        ("tests/oracle/test_backbone_unchanged.py",),
+    ),
+    Mutant(
+        "5 the backbone never changes: an embedding is changed where it lies",
+        "deltas/hooks.py",
+        "        y = own(ids)\n",
+        "        y = own(ids)\n        own.__self__.weight.data[0] += 1\n",
+        ("tests/oracle/test_backbone_unchanged.py",),
+    ),
+    Mutant(
+        "7 poison: NaN passes the upload",
+        "deltas/formats/files.py",
+        "if not bool(torch.isfinite(tensor).all()):",
+        "if False:",
+        ("tests/unit/formats/test_peft_refused.py",),
+    ),
+    Mutant(
+        "7 poison: NaN reaches neighbours through 0 * NaN",
+        "deltas/ops/dense.py",
+        "torch.where(part.mask, h, torch.zeros((), dtype=h.dtype, device=h.device))",
+        "(h * part.mask)",
+        ("tests/unit/ops/test_poison.py",),
+    ),
+    Mutant(
+        "7 poison: a row of NaN is answered",
+        "server/engine/engine.py",
+        "self._poisoned(seq)",
+        "pass",
+        (ENGINE,),
+    ),
+    Mutant(
+        "7 poison: a header may claim any size",
+        "deltas/formats/header.py",
+        "if length > MAX_HEADER_BYTES or length > size - _LENGTH_BYTES:",
+        "if length > size - _LENGTH_BYTES and length < 0:",
+        ("tests/unit/formats/test_header.py",),
+    ),
+)
+
+
+def survives(mutant: Mutant, folder: Path) -> str | None:
+    """None if a test fails on the mutant, else what went wrong."""
+    path = folder / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        return f"the text is there {text.count(mutant.old)} times"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        path.write_text(text)
+    if done.returncode == 1:
+        killers = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        print(f"    {killers[0].split(' - ')[0] if killers else done.stdout[-200:]}")
+        return None
+    return "no test noticed" if done.returncode == 0 else f"pytest ended with {done.returncode}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="mutants whose description contains this")
+    args = parser.parse_args()
+    alive = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "tree"
+        shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+        for mutant in MUTANTS:
+            if args.only not in mutant.invariant:
+                continue
+            print(mutant.invariant, flush=True)
+            problem = survives(mutant, folder)
+            if problem is not None:
+                alive += 1
+                print(f"    ALIVE: {problem}", flush=True)
+    sys.exit(f"{alive} mutants are alive" if alive else 0)
+
+
+if __name__ == "__main__":
+    main()
