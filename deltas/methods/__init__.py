@@ -120,7 +120,7 @@ def method(name: str) -> Method:
     """The method of that name. Raises :class:`UnsupportedDelta`, listing the methods there are."""
     if name not in METHODS:
         raise UnsupportedDelta(
-            f"method {name!r} is not served; served: {', '.join(sorted(METHODS))}", field="method"
+            f"method {ascii(name)[:200]} is not served; served: {', '.join(sorted(METHODS))}", field="method"
         )
     return METHODS[name]
 

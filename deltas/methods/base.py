@@ -139,7 +139,9 @@ def only_keys(config: Mapping[str, Any], known: frozenset[str]) -> None:
     """Refuse unknown config keys, by name."""
     unknown = sorted(set(config) - known)
     if unknown:
-        raise InvalidDelta(f"unknown config key {unknown[0]!r}", field=unknown[0])
+        raise InvalidDelta(
+            f"unknown config key {ascii(unknown[0])[:200]}", field=ascii(unknown[0])[1:-1][:200]
+        )
 
 
 def number(value: object, field: str) -> float:

@@ -4,13 +4,13 @@ For ``side`` down or up and d pieces: ``x -> x H + b`` with ``H = sum_i R_i kron
 
 Canonical tensors, each ``<site>/<name>`` or, shared by all sites, ``<name>``:
 
-- the weights ``<side>`` ``[d, in/d, out/d]``, or their factors ``<side>_left`` ``[d, in/d, k]`` and ``<side>_right``
-  ``[d, k, out/d]``;
-- the rule ``rule`` ``[d, d, d]``, or its factors ``rule_left`` ``[d, d, 1]`` and ``rule_right`` ``[d, 1, d]``, with ``<side>_``
-  in front where each side has its own.
+- the weights ``<side>`` ``[d, in/d, out/d]``, or their factors ``<side>_left`` ``[d, in/d, k]`` and
+  ``<side>_right`` ``[d, k, out/d]``;
+- the rule ``rule`` ``[d, d, d]``, or its factors ``rule_left`` ``[d, d, 1]`` and ``rule_right`` ``[d, 1, d]``;
+  with ``<side>_`` in front where each side has its own.
 
-The biases ``<site>/<side>_bias`` may be missing. Everything else is as in ``bottleneck``; config ``"sites"`` lists the
-sites where they have no tensors of their own.
+The biases ``<site>/<side>_bias`` may be missing. Everything else is as in ``bottleneck``; config ``"sites"``
+lists the sites where they have no tensors of their own.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """LoRAs whose second factor is a product or a mean, as AdapterHub's ``adapters`` stores them.
 
-``dense_vera``: ``y += s (V B U) (A x)`` with ``A`` ``[r, in]`` and ``B`` ``[out, r]`` shared by all sites, ``<site>/V`` ``[out, out]``
-and ``<site>/U`` ``[r, r]``, which begin as VeRA's diagonals (Kopiczko et al. 2024) but are trained whole; with
-``<site>/magnitude`` ``[out]`` as DoRA, the norms being those of ``W + V B U A`` (DVoRA; Nasery et al. 2024).
+``dense_vera``: ``y += s (V B U) (A x)`` with ``A`` ``[r, in]`` and ``B`` ``[out, r]`` shared by all sites,
+``<site>/V`` ``[out, out]`` and ``<site>/U`` ``[r, r]``, which begin as VeRA's diagonals (Kopiczko et al. 2024) but
+are trained whole; with ``<site>/magnitude`` ``[out]`` as DoRA, the norms being those of ``W + V B U A`` (DVoRA;
+Nasery et al. 2024).
 
-``mtl_lora``: ``y += s sum_u p_u B_u (v * A x)`` with ``p = softmax(w / sharpness)``, tensors ``<site>/A`` ``[r, in]``, ``<site>/B``
-``[n, out, r]``, ``<site>/values`` v ``[r]``, ``<site>/weights`` w ``[n]`` (Yang et al. 2024, MTL-LoRA).
+``mtl_lora``: ``y += s sum_u p_u B_u (v * A x)`` with ``p = softmax(w / sharpness)``, tensors ``<site>/A``
+``[r, in]``, ``<site>/B`` ``[n, out, r]``, ``<site>/values`` v ``[r]``, ``<site>/weights`` w ``[n]`` (Yang et al.
+2024, MTL-LoRA).
 
 Config of both ``{"scale": s}``, of the latter also ``"sharpness"``.
 """
@@ -37,7 +39,7 @@ class DenseVera(PerSite):
         return {"scale": number(config.get("scale"), "scale")}
 
     def check_shared(
-        self, shared: Mapping[str, Shape], sites: list[Outlined], config: Mapping[str, Any]
+        self, shared: Mapping[str, Shape], _sites: list[Outlined], _config: Mapping[str, Any]
     ) -> None:
         for name in self.shared:
             if name not in shared:

@@ -1,8 +1,8 @@
-"""LoRA and IA3 with a gate, as AdapterHub's UniPELT has them: the gate takes the place of the scale (Mao et al. 2022).
+"""LoRA and IA3 with a gate, as AdapterHub's UniPELT has them: it takes the place of the scale (Mao et al. 2022).
 
 ``gated_lora``: ``y += g(x) B (A x)``, tensors ``<site>/A`` ``[r, in]``, ``<site>/B`` ``[out, r]``. ``gated_ia3``:
-``y <- g(x) gain * y``, tensor ``<site>/gain`` ``[out]``. Both have ``<site>/gate`` ``[1, in]`` and ``<site>/gate_bias`` ``[1]``; no
-config. See :mod:`deltas.methods.gates`.
+``y <- g(x) gain * y``, tensor ``<site>/gain`` ``[out]``. Both have ``<site>/gate`` ``[1, in]`` and
+``<site>/gate_bias`` ``[1]``; no config. See :mod:`deltas.methods.gates`.
 """
 
 from __future__ import annotations

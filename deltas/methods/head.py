@@ -39,7 +39,7 @@ class HeadMethod:
         if (
             not isinstance(activations, list)
             or not 0 < len(activations) <= MAX_LAYERS
-            or any(name not in _ACTIVATIONS for name in activations)
+            or any(not isinstance(name, str) or name not in _ACTIVATIONS for name in activations)
         ):
             raise InvalidDelta(
                 f"activations must be 1 to {MAX_LAYERS} of {', '.join(_ACTIVATIONS)}", field="activations"

@@ -22,6 +22,9 @@ from deltas.patches import Patch, Rotation
 from deltas.sites import SiteKind
 
 
+MAX_TERMS = 64  # published deltas have 5; each is a product of matrices at every load
+
+
 class Oft(PerSite):
     """Rotations of a linear's input."""
 
@@ -33,7 +36,7 @@ class Oft(PerSite):
         only_keys(config, frozenset({"terms", "shared", "limit"}))
         result: dict[str, Any] = {}
         if config.get("terms") is not None:
-            result["terms"] = whole(config["terms"], "terms", 1)
+            result["terms"] = whole(config["terms"], "terms", 1, MAX_TERMS)
         if truth(config.get("shared", False), "shared"):
             result["shared"] = True
         if config.get("limit") is not None:

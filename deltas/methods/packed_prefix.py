@@ -1,10 +1,12 @@
 """Prefix tuning with the keys and values of all layers in one tensor, or made by a perceptron (Li & Liang 2021).
 
-For each stack of layers s (AdapterHub's ``self_prefix`` and the like), either ``<s>/flat`` with ``n * 2L * kv_heads * head_dim``
-numbers, or ``<s>/tokens`` ``[n, e]``, ``<s>/down`` ``[m, e]``, ``<s>/down_bias`` ``[m]``, ``<s>/up`` ``[2L * kv_heads * head_dim, m]``,
-``<s>/up_bias``, which give ``up f(down tokens)``: token by token, the keys of the stack's first layer, its values, the keys
-of the second and so on. Config ``"stacks"``: ``{s: [KV sites in order]}``; ``"activation"``: f; ``"length"``: n;
-``"shifts_keys": true`` for AdapterHub's T5 (:class:`~deltas.patches.KVPrefix`). With ``<KV site>/gate`` ``[1 or 2, hidden]`` and
+For each stack s of L layers (AdapterHub's ``self_prefix`` and the like), with w = 2 L kv_heads head_dim: either
+``<s>/flat`` ``[n w]``, or ``<s>/tokens`` ``[n, e]``, ``<s>/down`` ``[m, e]``, ``<s>/down_bias`` ``[m]``,
+``<s>/up`` ``[w, m]`` and ``<s>/up_bias`` ``[w]``, which give ``up f(down tokens)``: token by token, the keys of the
+stack's first layer, its values, the keys of the second and so on.
+
+Config: ``"stacks"``, ``{s: [KV sites in order]}``; ``"activation"``, f; ``"length"``, n; ``"shifts_keys": true`` for
+AdapterHub's T5 (:class:`~deltas.patches.KVPrefix`). With ``<KV site>/gate`` ``[1 or 2, hidden]`` and
 ``<KV site>/gate_bias`` a row takes the keys and the values by a gate. A row's own tokens start at position 0.
 """
 

@@ -40,7 +40,7 @@ class Peanut(PerSite):
 
     def normalise(self, config: Mapping[str, Any]) -> dict[str, Any]:
         only_keys(config, frozenset({"scale", "activation"}))
-        if config.get("activation") not in _ACTIVATIONS:
+        if not isinstance(config.get("activation"), str) or config["activation"] not in _ACTIVATIONS:
             raise InvalidDelta(f"activation must be one of {', '.join(_ACTIVATIONS)}", field="activation")
         return {"scale": number(config.get("scale"), "scale"), "activation": config["activation"]}
 

@@ -162,10 +162,10 @@ def scale_at(here: Loaded) -> float:
     return float(here.config.get("scales", {}).get(here.site.name, here.config["scale"]))
 
 
-def whole(value: object, field: str, least: int = 0) -> int:
-    """An integer of at least ``least`` and at most 2^63 - 1."""
-    if type(value) is not int or not least <= value < 1 << 63:
-        raise InvalidDelta(f"{field} must be an integer of at least {least}", field=field)
+def whole(value: object, field: str, least: int = 0, most: int = (1 << 63) - 1) -> int:
+    """An integer from ``least`` to ``most``: a number that makes work or memory needs a ``most``."""
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidDelta(f"{field} must be an integer from {least} to {most}", field=field)
     return value
 
 

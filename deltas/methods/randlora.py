@@ -50,6 +50,8 @@ class RandLora(PerSite):
         self, shared: Mapping[str, Shape], sites: list[Outlined], config: Mapping[str, Any]
     ) -> None:
         rank = sites[0].expect("lambda", 0, 0)[0]
+        for here in sites:
+            here.expect("lambda", rank, 0)
         if "seed" in config:
             if shared:
                 raise InvalidDelta("the bases are given twice, as tensors and as a seed", field="seed")

@@ -46,6 +46,8 @@ class Vera(PerSite):
         rows = first.expect("d", 0)[0]
         if config.get("probabilistic") and rows % 2:
             raise first.refuse("d", "it holds means and variances, so an even number")
+        for here in sites:
+            here.expect("d", rows)
         wide, tall = _sizes(sites)
         if "seed" in config:
             if shared:

@@ -11,24 +11,35 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GgufConfig,
+)
 
 from deltas.backbones import describe, families
+from deltas.backbones.headless import without_absent_head
 from deltas.sites import BackboneSpec
+from deltas.weights import FrozenTensors
 from server.engine import gguf
+from server.engine.ragged import RaggedAttention
 from server.errors import InvalidRequest
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
 EDGE_BYTES = 1 << 20
 ATTENTION = "deltaserve"
-# decoders that attend through this engine; the other families have tables for reading deltas and testing them
+# those that attend through this engine; the other families have tables for reading deltas and testing them
 SERVED = (
+    "bert",
     "gemma",
     "gemma2",
     "gemma3_text",
@@ -39,7 +50,9 @@ SERVED = (
     "opt",
     "qwen2",
     "qwen3",
+    "roberta",
 )
+ENCODERS = ("bert", "roberta")
 
 
 class BackboneError(InvalidRequest):
@@ -246,13 +259,34 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     spec = describe(config, fingerprint(Located(name, folder)))
     AttentionInterface.register(ATTENTION, attention)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, attn_implementation=ATTENTION, use_safetensors=True
+    encoder = spec.kind == "encoder"
+    whole = spec
+    if encoder:
+        spec = without_absent_head(spec, FrozenTensors(folder))
+    model, loaded = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        attn_implementation=ATTENTION,
+        use_safetensors=True,
+        output_loading_info=True,
     )
+    headless = len(spec.sites) < len(whole.sites)
+    _refuse_missing(name, loaded["missing_keys"], whole.base_prefix if headless else "")
     model.to(device).eval().requires_grad_(False)
-    parameters = sum(p.numel() for p in model.parameters())
+    counted = model.base_model if headless else model
+    parameters = sum(p.numel() for p in counted.parameters())
     softcap = getattr(config, "final_logit_softcapping", None)
     return Backbone(name, folder, spec, model, dtype, device, parameters, softcap)
+
+
+def _refuse_missing(name: str, missing: Iterable[str], body: str) -> None:
+    """Weights that no file has would be random. Those of a head that is dropped, outside ``body``, may be missing."""
+    needed = sorted(key for key in missing if not body or key.startswith(f"{body}."))
+    if needed:
+        raise BackboneError(
+            f"{name} lacks {len(needed)} weights of its architecture, {needed[0]} for one", param="backbone"
+        )
 
 
 def attention(
@@ -269,5 +303,7 @@ def attention(
     del attention_mask, dropout
     step = kwargs["deltaserve_attention"]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if isinstance(step, RaggedAttention):
+        return step(module, q, k, v, scaling)[None], None
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     return step(module.layer_idx, q, k, v, scaling, window, softcap)[None], None

@@ -76,7 +76,7 @@ def test_what_peft_has_not_is_a_conflict(tenant: httpx.Client, server: Running, 
     assert answer.headers["x-should-retry"] == "false"
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("conflict", "format")
-    assert "component 0 (bottleneck): PEFT has no bottleneck adapters" in error["message"]
+    assert "component 0 (bottleneck): PEFT has no adapters of this kind" in error["message"]
     assert tenant.get("/v1/deltas/a/versions/1/content").status_code == 200
     assert list(server.services.upload_folder.iterdir()) == []
 

@@ -42,7 +42,10 @@ class Draw:
 
     def places(self, size: int, count: int) -> Tensor:
         """``count`` different numbers below ``size``, in no order."""
-        return torch.randperm(size, generator=self.generator)[:count]
+        if size < 1 << 20:
+            return torch.randperm(size, generator=self.generator)[:count]
+        found = torch.randint(size, (2 * count,), generator=self.generator).unique()
+        return found[torch.randperm(len(found), generator=self.generator)[:count]]
 
     def size(self, low: int, high: int) -> int:
         return self.rng.randint(low, high)

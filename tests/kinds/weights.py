@@ -47,7 +47,7 @@ def _places(draw: Draw, site: Site) -> Tensor:
     """Some hundredths of the weight's entries, or very few."""
     size = torch.Size(site.weight_shape).numel()
     share = draw.one_of([0.001, 0.02, 0.06])
-    flat = draw.places(size, max(1, round(share * size)))
+    flat = draw.places(size, max(1, round(share * min(size, 1 << 20))))
     return torch.stack(torch.unravel_index(flat, site.weight_shape))
 
 

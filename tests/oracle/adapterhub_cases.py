@@ -74,6 +74,7 @@ LABELS = {0: "calm", 1: "angry", 2: "sad"}
 FUSIONS: Mapping[str, Any] = {
     "fuse": "dynamic",
     "fuse_static": "static",
+    "stack_fuse": "static",
     "fuse_options": DynamicAdapterFusionConfig(
         query_before_ln=True, residual_before=True, value_before_softmax=False
     ).to_dict(),
@@ -198,6 +199,7 @@ CASES = (
     Case("fuse_parallel", ParBnConfig(reduction_factor=8), ("llama",), parts="fuse"),
     Case("fuse_static", SMALL, ("bert",), parts="fuse_static"),
     Case("fuse_options", SMALL, ("bert",), parts="fuse_options"),
+    Case("stack_fuse", DoubleSeqBnConfig(reduction_factor=8), TWO, parts="stack_fuse"),
     Case("stack", SMALL, parts="stack"),
     Case("stack_double", DoubleSeqBnConfig(reduction_factor=8), TWO, parts="stack"),
     Case("stack_parallel", ParBnConfig(reduction_factor=8), TWO, parts="stack"),
@@ -220,7 +222,12 @@ CASES = (
         head={"kind": "classification", "num_labels": 2, "layers": 1, "use_pooler": False},
     ),
     # Hugging Face's own classes for tasks.
-    Case("static_sequence", SMALL, HEADED, head={"kind": "static", "task": "SequenceClassification"}),
+    Case(
+        "static_sequence",
+        SMALL,
+        (*CAUSAL, "roberta"),
+        head={"kind": "static", "task": "SequenceClassification"},
+    ),
     Case("static_token", SMALL, HEADED, head={"kind": "static", "task": "TokenClassification"}),
     Case("head_tagging", SMALL, HEADED, head={"kind": "tagging", "num_labels": 3, "id2label": LABELS}),
 )

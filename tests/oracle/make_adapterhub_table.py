@@ -53,7 +53,7 @@ BACKBONES = HERE / "fixtures" / "backbones"
 FOLDER = HERE / "fixtures" / "adapterhub_table"
 LENGTHS = ((1, 2), (5, 3), (9, 4))  # T5: encoder, decoder
 ADAPTER = "tone"
-PARTS = ("first", "second")
+PARTS, BELOW = ("first", "second"), "below"
 CLASSES: dict[str, Any] = {
     "llama": transformers.LlamaForCausalLM,
     "gpt2": transformers.GPT2LMHeadModel,
@@ -74,6 +74,10 @@ def fresh(family: str, head: Mapping[str, Any] | None = None) -> Any:
         task = None if head is None else f"{NAMES[family]}For{head['task']}"
         model_class = CLASSES[family] if task is None else getattr(transformers, task)
         model = model_class.from_pretrained(path, **options)
+        if (
+            family == "t5_gated"
+        ):  # this version scales a tied head's input whatever scale_decoder_outputs says
+            model.config.tie_word_embeddings = False
         adapters.init(model)
         return model.eval()
     model = adapters.AutoAdapterModel.from_pretrained(path, **options)
@@ -118,12 +122,16 @@ def outputs(model: Any, rows: list[Inputs]) -> list[Tensor]:
 
 def setup_of(case: Case) -> Any:
     """The active composition of a case with parts."""
+    if case.parts == "stack_fuse":
+        return Stack(BELOW, Fuse(*PARTS))
     return Stack(*PARTS) if case.parts == "stack" else Fuse(*PARTS)
 
 
 def build(case: Case, model: Any, seed: int) -> None:
     """Add the case's adapters, fusion and head, with random weights."""
     names = PARTS if case.parts else (ADAPTER,)
+    if case.parts == "stack_fuse":
+        names = (*PARTS, BELOW)
     for name in names:
         model.add_adapter(name, config=case.config)
     if case.head is not None and case.head["kind"] != "static":

@@ -37,6 +37,7 @@ from tests.oracle.peft_table import (
     logits,
     save_delta,
 )
+from tests.oracle.table import PEFT_HEADED, PEFT_HEADS, peft_methods
 
 TOLERANCE = 1e-5
 # What differs by family is how modules are called and stored: beside a case of each type, these.
@@ -94,6 +95,7 @@ def test_what_peft_wrote_gives_the_same_once_written_by_us(
     save_delta(case, family, theirs, seed=3)
     backbone = runner(family.name)
     delta = read(upload(theirs), backbone.spec, backbone.weights)
+    assert set(delta.methods) <= {*peft_methods(case), "override"}
     paths = peft_writer.save(delta, backbone.spec, ours, source=backbone.weights)
     assert [path.name for path in paths] == ["adapter_config.json", "adapter_model.safetensors"]
     before, after = load_delta(family, theirs), load(fresh_backbone(family), ours)
@@ -204,9 +206,10 @@ CLASSES: Mapping[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("task", CLASSES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
+@pytest.mark.parametrize("task", PEFT_HEADS.values())
+@pytest.mark.parametrize("family", PEFT_HEADED)
 def test_heads_come_along(family: str, task: str, tmp_path: Path) -> None:
+    """PEFT's answers are ours, and those of what we write."""
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     ours.mkdir()
     pooled = ["bert.pooler.dense"] if (family, task) == ("bert", "SEQ_CLS") else None
@@ -234,9 +237,13 @@ def test_heads_come_along(family: str, task: str, tmp_path: Path) -> None:
     assert delta.methods == ["lora", "head"]
     peft_writer.save(delta, backbone.spec, ours, source=backbone.weights)
     after = load(classifier(1), ours)
-    ids = torch.tensor([[5, 9, 33, 2, 17]])
-    with torch.no_grad():
-        assert_same(after(input_ids=ids).logits, before(input_ids=ids).logits)
+    for ids in ([5, 9, 33, 2, 17], [44, 3]):
+        with torch.no_grad():
+            wanted = before(input_ids=torch.tensor([ids])).logits[0]
+            assert_same(after(input_ids=torch.tensor([ids])).logits[0], wanted)
+        (ours_too,) = backbone.classes([PaddedRow(ids, backbone.place(delta))])
+        assert ours_too.shape == wanted.shape
+        assert_same(ours_too, wanted)
 
 
 def test_the_config_says_what_a_reader_wants_to_know(tmp_path: Path) -> None:

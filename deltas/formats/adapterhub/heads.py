@@ -24,12 +24,21 @@ from deltas.sites import BackboneSpec
 _ADVICE = "leave out the head's files (save_adapter(..., with_head=False)) unless you trained it"
 _LANGUAGE_MODEL = ("lm_head.", "cls.predictions.")
 
+
+def _no_pooler(key: str, value: object) -> None:
+    if value is not False:
+        raise UnsupportedDelta(
+            f"{HEAD_CONFIG}: a head with {key} reads the backbone's pooler, which a language model has not",
+            field=key,
+        )
+
+
 _KEYS: Mapping[str, Check | None] = {
     "head_type": None,
     "num_labels": None,
     "layers": None,
     "activation_function": None,
-    "use_pooler": one_of(False),
+    "use_pooler": _no_pooler,
     "label2id": None,
     "id2label": None,
     "bias": one_of(True, False),
@@ -139,7 +148,7 @@ def _flexible(
     config: Mapping[str, Any], name: object, files: DeltaFiles, weights: str, spec: BackboneSpec
 ) -> PlannedComponent:
     head_type = config.get("head_type")
-    if head_type not in _KINDS:
+    if not isinstance(head_type, str) or head_type not in _KINDS:
         raise UnsupportedDelta(
             f"{HEAD_CONFIG}: head_type {shown(head_type)} is not served; served: {', '.join(_KINDS)}",
             field="head_type",

@@ -19,6 +19,7 @@ from deltas.formats.peft.lora import ADALORA_KEYS, LORA_KEYS, adalora, lora
 from deltas.formats.peft.prompts import PROMPT_KEYS
 from deltas.formats.peft.reading import CONFIG, Reading
 from deltas.formats.peft.saved import read_saved, trainable_tokens
+from deltas.formats.peft.targets import demand_targets
 from deltas.formats.plan import Plan, check_config, provenance
 from deltas.sites import BackboneSpec
 
@@ -110,6 +111,7 @@ def plan(files: DeltaFiles, spec: BackboneSpec) -> Plan:
     served.read(reading)
     if not served.prompt:
         read_saved(reading)
+        demand_targets(reading)
     read_head(reading)
     reading.refuse_left()
     return Plan(

@@ -8,16 +8,20 @@ from deltas.formats.peft.reading import PREFIX, Reading
 from deltas.formats.sources import Source
 
 _TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
+_LLAMAS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 # By family and task: the layers' modules, their activations, what is pooled.
 HEADS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...], str]] = {
     ("bert", "SEQ_CLS"): (("bert.pooler.dense", "classifier"), ("tanh", "identity"), "first"),
     ("roberta", "SEQ_CLS"): (("classifier.dense", "classifier.out_proj"), ("tanh", "identity"), "first"),
     ("bert", "TOKEN_CLS"): (("classifier",), ("identity",), "none"),
     ("roberta", "TOKEN_CLS"): (("classifier",), ("identity",), "none"),
-    ("gpt2", "SEQ_CLS"): (("score",), ("identity",), "last"),
     ("gpt2", "TOKEN_CLS"): (("classifier",), ("identity",), "none"),
-    ("llama", "SEQ_CLS"): (("score",), ("identity",), "last"),
-    ("llama", "TOKEN_CLS"): (("score",), ("identity",), "none"),
+    ("gpt_neox", "TOKEN_CLS"): (("classifier",), ("identity",), "none"),
+    **{
+        (family, "SEQ_CLS"): (("score",), ("identity",), "last")
+        for family in (*_LLAMAS, "gemma3_text", "gpt2", "gpt_neox", "opt")
+    },
+    **{(family, "TOKEN_CLS"): (("score",), ("identity",), "none") for family in _LLAMAS},
 }
 
 

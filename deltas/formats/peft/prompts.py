@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltas.errors import InvalidDelta, UnsupportedDelta
-from deltas.formats.files import listed
+from deltas.formats.header import shown
 from deltas.formats.peft.keys import Keys, prompts
 from deltas.formats.peft.reading import Reading
 from deltas.formats.plan import one_of, printable
@@ -117,6 +117,6 @@ def refuse_saved(reading: Reading) -> None:
     heads = {"classifier", "score"}
     if names and (not isinstance(names, list) or set(map(str, names)) - heads):
         raise UnsupportedDelta(
-            f"modules_to_save is {listed(map(str, names))}; with a prompt PEFT applies none but a head",
+            f"modules_to_save is {shown(names)}; with a prompt PEFT applies none but a head",
             field="modules_to_save",
         )

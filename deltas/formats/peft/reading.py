@@ -40,6 +40,7 @@ class Reading:
     copies: dict[str, str] = field(default_factory=dict)
     repeats: dict[str, str] = field(default_factory=dict)
     spare: set[str] = field(default_factory=set)
+    tuned: set[str] = field(default_factory=set)  # the sites of the modules that PEFT wrapped
 
     def __post_init__(self) -> None:
         self.left = dict.fromkeys(self.header.tensors)
@@ -91,6 +92,7 @@ class Reading:
                     field=key,
                 )
             keys[parameters[suffix]] = self.claim(key)
+            self.tuned.add(site.name)
         return [
             Wrapped(found[name][0], found[name][1], found[name][2])
             for name in self.spec.sites

@@ -15,7 +15,8 @@ from deltas.formats.peft.reading import PREFIX, Reading, split_key
 from deltas.formats.sources import Derived, Given, Source, Zeros
 from deltas.sites import Site, SiteKind
 
-_EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT decides to save a copy
+# Names by which PEFT decides to save copies: of these, and of the input embedding whatever its name.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 _TOKENS = "trainable_tokens_delta"
 _MAX_TOKENS = 1 << 20
 # A head's bias has two names in these models.
@@ -48,10 +49,31 @@ def read_saved(reading: Reading) -> None:
             continue
         if chosen or (parameter == "bias" and bias == "all"):
             _put(reading, found, site, parameter, key)
-        elif path.rpartition(".")[2] in _EMBEDDINGS:
+        elif _is_copy(path, site):
             reading.copies[reading.claim(key)] = f"{site.path}.{parameter}"
+    _demand(reading, names or (), bias, found)
     if found:
         reading.add("override", {}, found)
+
+
+def _demand(
+    reading: Reading, names: list[str] | tuple[()], bias: object, found: Mapping[str, Source]
+) -> None:
+    """What the config names must be in the file: PEFT would go on with the backbone's own."""
+    for site in reading.spec.sites.values():
+        if site.part or site.kind in (SiteKind.BLOCK, SiteKind.KV):
+            continue
+        path = site.path
+        named = _is_chosen(path, names)
+        biased = bias == "all" or (bias != "none" and site.name in reading.tuned)
+        for parameter, wanted, field in (
+            ("weight", named, "modules_to_save"),
+            ("bias", site.bias and (named or biased), "modules_to_save" if named else "bias"),
+        ):
+            if wanted and f"{site.name}/{parameter}" not in found:
+                raise InvalidDelta(
+                    f"{reading.file} does not hold {path}.{parameter}, which {field} demands", field=field
+                )
 
 
 def _is_chosen(path: str, names: list[str] | tuple[()]) -> bool:
@@ -69,8 +91,12 @@ def _base_layer(
         return
     if parameter == "bias" and bias != "none":
         _put(reading, found, site, parameter, key)
-    elif path.rpartition(".")[2] in _EMBEDDINGS:
+    elif _is_copy(path, site):
         reading.copies[reading.claim(key)] = f"{site.path}.{parameter}"
+
+
+def _is_copy(path: str, site: Site) -> bool:
+    return path.rpartition(".")[2] in _EMBEDDINGS or site.name == "embed"
 
 
 def _put(reading: Reading, found: dict[str, Source], site: Site, parameter: str, key: str) -> None:

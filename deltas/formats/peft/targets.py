@@ -9,10 +9,12 @@ from typing import Any
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.formats.files import listed
 from deltas.formats.header import shown
+from deltas.formats.peft.reading import Reading
 from deltas.sites import BackboneSpec, Site, SiteKind
 
 TARGETS_MAX = 65_536
 ALL_LINEAR = "all-linear"
+_LAYER = re.compile(r"\.([0-9]+)\.")
 
 
 def check_targets(targets: object, paths: Iterable[str], key: str = "target_modules") -> None:
@@ -31,6 +33,33 @@ def check_targets(targets: object, paths: Iterable[str], key: str = "target_modu
     if named - met:
         raise InvalidDelta(
             f"{key} names {listed(sorted(named - met))}, for which there are no tensors", field=key
+        )
+
+
+def demand_targets(reading: Reading) -> None:
+    """Every module of a layer that ``target_modules`` names must have tensors: with others missing, PEFT would go on with
+    what it initialises there. Only lists of names can be held to that, and modules of layers, which every model has.
+    """
+    config, layers = reading.config, reading.config.get("layers_to_transform")
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if not isinstance(targets, list) or not isinstance(excluded, list) or not reading.tuned:
+        return
+    if config.get("layers_pattern") or (layers is not None and reading.spec.kind == "encoder-decoder"):
+        return
+    named, out = set(_names(targets, "target_modules")), set(_names(excluded, "exclude_modules"))
+    chosen = _numbers(layers, "layers_to_transform")
+    missing = []
+    for path, site in reading.spec.by_path.items():
+        layer, ends = _LAYER.search(path), _suffixes(path)
+        if layer is None or not ends & named or ends & out or site.name in reading.tuned:
+            continue
+        saved = any(path.endswith(name) for name in config.get("modules_to_save") or ())
+        if not saved and (not chosen or int(layer[1]) in chosen):
+            missing.append(path)
+    if missing:
+        raise InvalidDelta(
+            f"{reading.file} holds no tensors for {listed(missing)}, which target_modules names",
+            field="target_modules",
         )
 
 
@@ -67,6 +96,14 @@ def _names(targets: object, key: str) -> Sequence[str]:
     ):
         raise InvalidDelta(f"{key} must be a list of names or a string", field=key)
     return targets
+
+
+def _numbers(layers: object, key: str) -> set[int]:
+    """The layers that are chosen; none where all are."""
+    every = [layers] if type(layers) is int else [] if layers is None else layers
+    if not isinstance(every, list) or not all(type(layer) is int for layer in every):
+        raise InvalidDelta(f"{key} must be a list of layer numbers", field=key)
+    return set(every)
 
 
 def _suffixes(path: str) -> set[str]:

@@ -67,11 +67,26 @@ _WRITERS: Mapping[str, Writer] = {
 # Absolute values, which stand beside other methods or are a type of their own.
 _ABSOLUTE = frozenset({"bitfit", "head", "ln", "override", "tokens"})
 
-_NOT_IN_PEFT = {
-    "bottleneck": "PEFT has no bottleneck adapters",
-    "compacter": "PEFT has no bottleneck adapters, hypercomplex or not",
-    "head": "PEFT saves heads beside another method only",
+WRITTEN = frozenset({*_WRITERS, *_ABSOLUTE})
+"""The methods that PEFT has, if not every use of them."""
+
+REFUSED: Mapping[tuple[str, ...], str] = {
+    (
+        "bottleneck",
+        "compacter",
+        "low_rank_adapter",
+        "fusion",
+        "invertible",
+    ): "PEFT has no adapters of this kind",
+    ("gated_lora", "gated_ia3"): "PEFT has no gates",
+    ("dense_vera", "mtl_lora"): "PEFT has no such products of factors",
+    ("diff_pruning", "masking", "dense", "intrinsic"): "PEFT has no differences of this kind",
+    (
+        "packed_prefix",
+        "opendelta_prefix",
+    ): "PEFT's prefixes are keys and values by layer that shift positions",
 }
+"""The others, and why they are not written."""
 
 _TASKS = {"decoder": "CAUSAL_LM", "encoder": None, "encoder-decoder": "SEQ_2_SEQ_LM"}
 
@@ -154,8 +169,14 @@ def _write(where: str, component: Component, weights: SiteWeights) -> Form:
     with _naming(where):
         writer = _WRITERS.get(component.method)
         if writer is None:
-            raise UnsupportedDelta(_NOT_IN_PEFT.get(component.method, "PEFT has no such method"))
+            raise UnsupportedDelta(_why_not(component.method))
         return writer(component, weights)
+
+
+def _why_not(method: str) -> str:
+    if method in WRITTEN:
+        return "PEFT has it beside another method only"
+    return next((reason for names, reason in REFUSED.items() if method in names), "PEFT has no such method")
 
 
 @contextmanager

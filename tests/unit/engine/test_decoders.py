@@ -7,7 +7,7 @@ models whose attention sees a window of tokens, with and without caps on its sco
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,16 @@ class Stock:
     def logits(self, name: str, delta: Delta | None, tokens: list[int]) -> list[Tensor]:
         key = (name, len(tokens))
         if key not in self._known:
-            model, before = (self.model, None) if delta is None else with_delta(self.model, self.modules, delta)
+            model, before = (
+                (self.model, None) if delta is None else with_delta(self.model, self.modules, delta)
+            )
             self._known[key] = greedy(model, tokens, STEPS, before)
         return self._known[key]
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.CONFIGS))
-def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
-    yield Stock(request.param, tmp_path_factory.mktemp("backbone"))
+def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    return Stock(request.param, tmp_path_factory.mktemp("backbone"))
 
 
 def text(length: int) -> list[int]:
@@ -152,17 +154,19 @@ def test_mixed_equals_alone_equals_hugging_face(stock: Stock, mode: Mode) -> Non
     random.Random(7).shuffle(names)
     rows = [Row(text(LENGTHS[i % 6]), packed.get(name), name) for i, name in enumerate(names)]
     generate(runner, rows, STEPS, chunk=37)
+    moved = dict.fromkeys(deltas, 0.0)
     for row in rows:
         alone = Row(row.prompt, row.delta, row.name)
         generate(runner, [alone], STEPS)
         expected = stock.logits(row.name, deltas.get(row.name), row.prompt)
-        if row.delta is not None:
+        if row.name in deltas:  # a window may hide a prompt from the end of a long row, not from a short one
             own = stock.logits("base", None, row.prompt)
-            assert same(own[0], row.logits[0]) > 0.01, f"{row.name} changes nothing"
+            moved[row.name] = max(moved[row.name], same(own[0], row.logits[0]))
         for step, source in enumerate(expected):
             assert same(row.logits[step], source) < TOLERANCE, (row.name, len(row.prompt), step)
             assert same(alone.logits[step], source) < TOLERANCE, (row.name, len(row.prompt), step)
         assert row.tokens == alone.tokens
+    assert min(moved.values()) > 0.01, moved
 
 
 def test_a_row_may_fill_the_context(stock: Stock) -> None:
@@ -185,7 +189,7 @@ def test_the_probe_sees_every_delta_act(stock: Stock) -> None:
     runner = make_runner(stock.folder, torch.float32, capacity=tiny.POSITIONS)
     probe = Probe(runner)
     for name, delta in deltas_of(runner.backbone.spec).items():
-        assert probe.run(place(runner, delta)).verdict == "changes", name
+        assert probe.run(place(runner, delta)).outcome == "changes", name
 
 
 def test_every_served_family_is_here() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -156,9 +157,7 @@ def test_float64_only_where_it_is_exact(saved: Path, spec: BackboneSpec) -> None
 # --- every key of the library is known -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("table", "library"),
-    [(reader.LORA_KEYS, peft.LoraConfig), (reader.PROMPT_KEYS, peft.PromptTuningConfig)],
-)
-def test_every_key_of_the_library_is_in_the_table(table: dict[str, Any], library: type) -> None:
-    assert {field.name for field in dataclasses.fields(library)} == set(table)
+@pytest.mark.parametrize("kind", reader.TYPES)
+def test_every_key_of_the_library_is_in_the_table(kind: str) -> None:
+    library = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+    assert {field.name for field in dataclasses.fields(library)} == set(reader.TYPES[kind].keys)

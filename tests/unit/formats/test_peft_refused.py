@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import peft
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from deltas.delta import Delta
 from deltas.errors import DeltaError, InvalidDelta, UnsupportedDelta
 from deltas.formats import DeltaFiles, read
+from deltas.formats import peft as reader
 from deltas.methods import lower
 from deltas.sites import BackboneSpec
 
@@ -50,14 +52,9 @@ def change_tensors(folder: Path, **changes: Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
-        ("init_lora_weights", "pissa"),
+        ("use_dora", "yes"),
+        ("bias", "some"),
         ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
@@ -66,16 +63,14 @@ def change_tensors(folder: Path, **changes: Tensor | None) -> None:
         ("megatron_config", {"x": 1}),
         ("arrow_config", {"top_k": 1}),
         ("alora_invocation_tokens", [1, 2]),
-        ("trainable_token_indices", [1]),
         ("target_parameters", ["mlp.experts"]),
         ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
+        ("use_bdlora", {"blocks": 2}),
         ("kasa_config", {"beta": 1}),
-        ("monteclora_config", {"num_samples": 1}),
-        ("velora_config", {"scale": 1}),
         ("task_type", "SEQ_CLS"),
-        ("peft_type", "ADALORA"),
-        ("peft_type", "XLORA"),
+        ("task_type", "QUESTION_ANS"),
+        *(("peft_type", kind) for kind in reader.REFUSED),
+        ("peft_type", "A_LATER_TYPE"),
         ("peft_type", ["LORA"]),
         ("peft_type", None),
         ("a_later_option", 1),
@@ -115,13 +110,29 @@ def test_unserved_options_are_refused_by_name(saved: Path, spec: BackboneSpec, k
         ("target_modules", ["proj"], "target_modules"),
         ("target_modules", [1], "target_modules"),
         ("target_modules", {"q_proj": 1}, "target_modules"),
+        ("modules_to_save", "lm_head", "modules_to_save"),
+        ("modules_to_save", [""], "modules_to_save"),
+        ("use_bdlora", {"nblocks": 0}, "use_bdlora"),
+        ("use_bdlora", {"nblocks": 3, "target_modules_bd_b": ["q_proj"]}, key_of(0, "B")),
+        # What the config names and the file does not hold.
+        ("use_dora", True, key_of(0, "magnitude_vector").removesuffix(".weight")),
+        ("lora_bias", True, key_of(0, "B").replace("weight", "bias")),
+        ("bias", "all", "bias"),
+        ("bias", "lora_only", "bias"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("modules_to_save", ["self_attn"], "modules_to_save"),
+        ("trainable_token_indices", [1], "trainable_token_indices"),
+        ("trainable_token_indices", {"embed_tokens": [1]}, "trainable_token_indices"),
+        *(("peft_type", kind, "") for kind in sorted(reader.TYPES.keys() - {"LORA"})),
     ],
 )
 def test_a_config_that_lies_is_refused(
     saved: Path, spec: BackboneSpec, key: str, value: Any, field: str
 ) -> None:
+    if key == "peft_type":  # other options would be refused before the tensors, which another type cannot have
+        (saved / CONFIG).write_text(json.dumps({"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}))
     change_config(saved, **{key: value})
-    assert refused(saved, spec, InvalidDelta).field == field
+    assert refused(saved, spec, InvalidDelta).field == (field or ANY)
 
 
 def test_infinite_alpha_is_refused(saved: Path, spec: BackboneSpec) -> None:
@@ -159,13 +170,13 @@ def test_bad_tensors_are_refused_by_name(saved: Path, spec: BackboneSpec) -> Non
         "a norm": ({key_of(0, "A", "input_layernorm"): torch.zeros(2, 32)}, InvalidDelta, ""),
         "head": (
             {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 32)},
-            UnsupportedDelta,
-            "base_model.model.lm_head.lora_A.weight",
+            InvalidDelta,
+            "base_model.model.lm_head.lora_B.weight",
         ),
         "embedding": (
             {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 64)},
-            UnsupportedDelta,
-            "base_model.model.model.embed_tokens.lora_embedding_A",
+            InvalidDelta,
+            "base_model.model.model.embed_tokens.lora_embedding_B",
         ),
     }
     for name, (changes, kind, field) in cases.items():
@@ -254,7 +265,7 @@ def prompt(tmp_path: Path) -> Path:
         ({"num_transformer_submodules": 2}, UnsupportedDelta, "num_transformer_submodules"),
         ({"task_type": "SEQ_CLS"}, UnsupportedDelta, "task_type"),
         ({"task_type": None}, UnsupportedDelta, "task_type"),
-        ({"modules_to_save": ["score"]}, UnsupportedDelta, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, UnsupportedDelta, "modules_to_save"),
         ({"surprise": 0}, UnsupportedDelta, "surprise"),
     ],
 )

@@ -18,6 +18,7 @@ from deltas.errors import UnsupportedDelta
 from deltas.formats import peft_writer
 from deltas.formats.peft_writer import entries, factors, transforms
 from deltas.formats.peft_writer.form import Here, patterns, plain, targets
+from deltas.methods import METHODS
 from deltas.sites import BackboneSpec
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -88,7 +89,7 @@ REFUSED: dict[str, tuple[str, list[Component], str]] = {
     "a method that PEFT has not": (
         "llama",
         [BOTTLENECK],
-        r"component 0 \(bottleneck\): PEFT has no bottleneck",
+        r"component 0 \(bottleneck\): PEFT has no adapters",
     ),
     "its second component": ("llama", [lora(Q), BOTTLENECK], r"component 1 \(bottleneck\)"),
     "two of one method": ("llama", [lora(Q), lora(Q)], r"component 0 \(lora\) and component 1 \(lora\)"),
@@ -165,6 +166,11 @@ def test_what_peft_cannot_say_is_refused(name: str) -> None:
     with pytest.raises(UnsupportedDelta, match=message) as caught:
         peft_writer.export(Delta(tuple(components)), SPECS[family])
     assert caught.value.field
+
+
+def test_every_method_is_written_or_has_a_reason() -> None:
+    refused = [name for names in peft_writer.REFUSED for name in names]
+    assert sorted([*peft_writer.WRITTEN, *refused]) == sorted(METHODS)
 
 
 def test_names_are_short_and_mean_nothing_else() -> None:

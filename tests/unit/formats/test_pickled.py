@@ -177,7 +177,7 @@ NOT_PLAIN: dict[str, tuple[Callable[[], object], str]] = {
     "quantized": (lambda: {"a": torch.quantize_per_tensor(BASE, 1.0, 0, torch.qint8)}, "dtype torch.qint8"),
     "expanded": (lambda: {"a": torch.ones(1).expand(HUGE, HUGE)}, "repeats its elements"),
     "negated": (lambda: {"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "negated"),
-    "bytes": (lambda: {"a": BASE.byte()}, "torch.uint8; accepted: F64, F32, F16, BF16, I64, I32"),
+    "bytes": (lambda: {"a": BASE.char()}, "torch.int8; accepted: F64, F32, F16, BF16, I64, I32, I16, U8"),
     "complex": (lambda: {"a": BASE.cfloat()}, "dtype torch.complex64"),
     "nested": (lambda: {"state_dict": {"a": BASE}}, "'state_dict' that is of type dict, not a tensor"),
     "list": (lambda: [BASE], "holds a list, not a dict"),

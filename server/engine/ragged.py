@@ -1,0 +1,78 @@
+"""Attention of packed rows of different lengths, each to itself and to its own delta's prefix."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltas.bank import PackedDelta
+from deltas.ops.adapters import opening
+from deltas.patches import KVPrefix
+
+SITE = "deltaserve_site"  # attributes of an encoder's attention modules: the name of the KV site,
+INPUT = "deltaserve_input"  # and what the module was given
+
+
+class RaggedAttention:
+    """Bidirectional attention of packed rows of ``lengths`` tokens; ``deltas`` bring prefixes by KV site.
+
+    Rows of one length without a prefix go together, as a batch that needs no mask. A row with a prefix goes alone: the
+    prefix is its delta's and may have another length in every layer.
+    """
+
+    def __init__(self, lengths: Rows[int], deltas: Rows[PackedDelta | None], device: torch.device) -> None:
+        self._alone: list[tuple[int, int, PackedDelta]] = []
+        starts: dict[int, list[int]] = defaultdict(list)
+        at = 0
+        for length, delta in zip(lengths, deltas, strict=True):
+            if delta is not None and delta.prefixes:
+                self._alone.append((at, at + length, delta))
+            else:
+                starts[length].append(at)
+            at += length
+        self._single = [(found[0], found[0] + n) for n, found in starts.items() if len(found) == 1]
+        self._same = [
+            (n, torch.cat([torch.arange(start, start + n) for start in found]).to(device))
+            for n, found in starts.items()
+            if len(found) > 1
+        ]
+
+    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """``q`` ``[tokens, heads, head_dim]``, ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` -> as ``q``, contiguous."""
+        out = q.new_empty(q.shape)
+        for start, stop in self._single:
+            rows = slice(start, stop)
+            out[rows] = _attend(q[rows], k[rows], v[rows], scale)
+        for length, index in self._same:
+            together = (len(index) // length, length)
+            parts = (t[index].unflatten(0, together).transpose(1, 2) for t in (q, k, v))
+            found = F.scaled_dot_product_attention(*parts, scale=scale)
+            out[index] = found.transpose(1, 2).flatten(0, 1)
+        for start, stop, delta in self._alone:
+            rows = slice(start, stop)
+            keys, values = k[rows], v[rows]
+            prefix = delta.prefixes.get(getattr(module, SITE))
+            if prefix is not None:
+                before = _prefix(prefix, getattr(module, INPUT)[rows])
+                keys, values = torch.cat([before[0], keys]), torch.cat([before[1], values])
+            out[rows] = _attend(q[rows], keys, values, scale)
+        return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One row: ``[queries, heads, head_dim]``."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+
+
+def _prefix(prefix: KVPrefix, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[n, kv_heads, head_dim]`` as the row with these inputs takes them."""
+    if prefix.gate is None:
+        return prefix.keys, prefix.values
+    opened = opening(prefix.gate, tokens.to(prefix.gate.weight.dtype)).to(prefix.keys.dtype)
+    return prefix.keys * opened[0], prefix.values * opened[-1]

@@ -1,0 +1,105 @@
+"""For ``methods_page``: the order in which methods are described, and the papers that they come from (arXiv)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "Low rank, and other products of factors": (
+        "lora",
+        "adalora",
+        "vera",
+        "dense_vera",
+        "mtl_lora",
+        "gated_lora",
+        "gated_ia3",
+        "delora",
+        "miss",
+        "gralora",
+        "loha",
+        "lokr",
+        "vblora",
+        "unilora",
+        "tinylora",
+        "randlora",
+        "hira",
+        "deft",
+        "peanut",
+        "glora",
+    ),
+    "Sparse, dense and spectral changes": (
+        "shira",
+        "supertuning",
+        "diff_pruning",
+        "masking",
+        "dense",
+        "intrinsic",
+        "fourierft",
+        "waveft",
+        "c3a",
+    ),
+    "Rotations, gains and shifts": ("oft", "boft", "hra", "road", "ia3", "bitfit"),
+    "Absolute values": ("override", "ln", "tokens", "head"),
+    "Adapters": ("bottleneck", "compacter", "low_rank_adapter", "fusion", "invertible"),
+    "Prompts and prefixes": ("prompt", "prefix", "packed_prefix", "opendelta_prefix"),
+}
+
+_UNIPELT = ("UniPELT", "2110.07577")
+_PREFIX = ("Prefix-Tuning", "2101.00190")
+_COMPACTER = ("Compacter", "2106.04647")
+
+PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "adalora": (("AdaLoRA", "2303.10512"),),
+    "bitfit": (("BitFit", "2106.10199"), ("BEFT", "2509.15974")),
+    "boft": (("BOFT", "2311.06243"),),
+    "bottleneck": (
+        ("Parameter-Efficient Transfer Learning for NLP", "1902.00751"),
+        ("Towards a Unified View", "2110.04366"),
+        ("AdapterDrop", "2010.11918"),
+    ),
+    "c3a": (("C3A", "2407.19342"),),
+    "compacter": (_COMPACTER,),
+    "delora": (("DeLoRA", "2503.18225"),),
+    "diff_pruning": (("Diff Pruning", "2012.07463"),),
+    "fourierft": (("FourierFT", "2405.03003"),),
+    "fusion": (("AdapterFusion", "2005.00247"),),
+    "gated_lora": (_UNIPELT,),
+    "glora": (("One-for-All", "2306.07967"),),
+    "gralora": (("GraLoRA", "2505.20355"),),
+    "hra": (("HRA", "2405.17484"),),
+    "ia3": (("T-Few", "2205.05638"),),
+    "intrinsic": (
+        ("Intrinsic Dimensionality of Fine-Tuning", "2012.13255"),
+        ("Intrinsic Dimension of Objective Landscapes", "1804.08838"),
+    ),
+    "invertible": (("MAD-X", "2005.00052"),),
+    "ln": (("LayerNorm tuning", "2312.11420"),),
+    "loha": (("FedPara", "2108.06098"), ("LyCORIS", "2309.14859")),
+    "lokr": (("LyCORIS", "2309.14859"),),
+    "lora": (
+        ("LoRA", "2106.09685"),
+        ("rsLoRA", "2312.03732"),
+        ("DoRA", "2402.09353"),
+        ("PiSSA", "2404.02948"),
+        ("OLoRA", "2406.01775"),
+    ),
+    "low_rank_adapter": (_COMPACTER,),
+    "masking": (("Masking as an alternative to finetuning", "2004.12406"),),
+    "miss": (("MiSS", "2409.15371"),),
+    "mtl_lora": (("MTL-LoRA", "2410.09437"),),
+    "oft": (("OFT", "2306.07280"),),
+    "override": (("Delta Tuning", "2203.06904"),),
+    "packed_prefix": (_PREFIX,),
+    "peanut": (("PEANuT", "2410.01870"),),
+    "prefix": (_PREFIX,),
+    "prompt": (("Prompt tuning", "2104.08691"), ("P-tuning", "2103.10385"), ("CPT", "2410.17222")),
+    "randlora": (("RandLoRA", "2502.00987"),),
+    "road": (("RoAd", "2409.00119"),),
+    "shira": (("SHiRA", "2406.13175"),),
+    "supertuning": (("Super-Tuning", "2607.09287"),),
+    "tinylora": (("TinyLoRA", "2602.04118"),),
+    "unilora": (("Uni-LoRA", "2506.00799"),),
+    "vblora": (("VB-LoRA", "2405.15179"),),
+    "vera": (("VeRA", "2310.11454"), ("PVeRA", "2512.07703")),
+    "waveft": (("WaveFT", "2505.12532"),),
+}
