@@ -5,6 +5,7 @@
         ContextTooLong              400  context_length_exceeded
         DeltaRefused                400  invalid_delta
         InvalidComposition          400  invalid_composition (deltas that have no exact sum)
+        UnsupportedTask             400  unsupported_task    (a backbone or a delta of another kind)
       AuthenticationFailed          401  invalid_api_key
       PermissionDenied              403  permission_denied
       NotFound                      404  not_found
@@ -83,6 +84,15 @@ class InvalidComposition(InvalidRequest):
     """A sum of deltas that has no exact meaning, or that the device cannot hold."""
 
     code = "invalid_composition"
+
+    def __init__(self, message: str, *, param: str | None = "model") -> None:
+        super().__init__(message, param=param)
+
+
+class UnsupportedTask(InvalidRequest):
+    """The backbone or the delta is made for something else: an encoder does not generate, a decoder has no embeddings."""
+
+    code = "unsupported_task"
 
     def __init__(self, message: str, *, param: str | None = "model") -> None:
         super().__init__(message, param=param)

@@ -172,6 +172,12 @@ class TokenEvent(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
+class Vector(msgspec.Struct, frozen=True):
+    """What an encoder made of one row: its embedding, or its head's outputs; ``values`` are little-endian float32."""
+
+    values: bytes
+
+
 class BackboneInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine says of the backbone once it is resident. ``folder`` is in Hugging Face's layout."""
 

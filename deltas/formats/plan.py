@@ -65,18 +65,22 @@ def execute(plan: Plan, files: DeltaFiles, spec: BackboneSpec, frozen: Frozen | 
     _check_dtypes(plan, header)
     _check_copies(plan, files, frozen)
     _check_repeats(plan, files)
-    delta = assemble(plan, [outline.config for outline in outlines], files)
+    delta = assemble(plan, [outline.config for outline in outlines], files, frozen)
     check_values(delta, spec)
     return delta
 
 
-def assemble(plan: Plan, configs: Sequence[Mapping[str, Any]], files: DeltaFiles) -> Delta:
+def assemble(
+    plan: Plan, configs: Sequence[Mapping[str, Any]], files: DeltaFiles, frozen: Frozen | None = None
+) -> Delta:
     """Load a plan's tensors; ``configs`` are the canonical ones. Raises as ``DeltaFiles.tensors`` does."""
     names = [name_of(source) for part in plan.components for source in part.sources.values()]
     loaded = files.tensors(plan.weights, dict.fromkeys(name for name in names if name is not None))
     components = tuple(
         Component(
-            part.method, config, {name: tensor_of(source, loaded) for name, source in part.sources.items()}
+            part.method,
+            config,
+            {name: tensor_of(source, loaded, frozen) for name, source in part.sources.items()},
         )
         for part, config in zip(plan.components, configs, strict=True)
     )

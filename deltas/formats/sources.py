@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltas.errors import InvalidDelta
+from deltas.errors import InvalidDelta, UnsupportedDelta
+from deltas.formats.frozen import Frozen
 from deltas.formats.header import Header, TensorInfo, shown
 
 Shape = tuple[int, ...]
@@ -86,7 +87,15 @@ class Zeros:
     shape: Shape
 
 
-Source = str | Derived | Given | Zeros
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The backbone's own tensor of that state-dict key, in float32, where a file does without it: BERT's pooler."""
+
+    key: str
+    shape: Shape
+
+
+Source = str | Derived | Given | Zeros | Own
 """A name in the file means the whole tensor; it can be used so once."""
 
 
@@ -101,14 +110,24 @@ def info_of(source: Source, header: Header) -> TensorInfo:
     """Dtype and shape of the canonical tensor. Raises :class:`InvalidDelta` where the file's does not fit."""
     if isinstance(source, Given):
         return TensorInfo(torch.int64, (len(source.values),))
-    if isinstance(source, Zeros):
+    if isinstance(source, Zeros | Own):
         return TensorInfo(torch.float32, source.shape)
     info = header.tensors[source if isinstance(source, str) else source.source]
     return info if isinstance(source, str) else TensorInfo(info.dtype, source.shape_of(info.shape))
 
 
-def tensor_of(source: Source, loaded: Mapping[str, Tensor]) -> Tensor:
-    """The canonical tensor, from the file's tensors."""
+def tensor_of(source: Source, loaded: Mapping[str, Tensor], frozen: Frozen | None = None) -> Tensor:
+    """The canonical tensor, from the file's and the backbone's. Raises :class:`UnsupportedDelta` where that has none."""
+    if isinstance(source, Own):
+        names = (source.key, source.key.partition(".")[2])  # with the base model's prefix, and without
+        owns = [] if frozen is None else [tensor for name in names if (tensor := frozen(name)) is not None]
+        own = owns[0] if owns else None
+        if own is None or tuple(own.shape) != source.shape:
+            raise UnsupportedDelta(
+                f"neither the delta nor the backbone holds {source.key}; save it with the delta",
+                field=source.key,
+            )
+        return own.to(torch.float32)
     if isinstance(source, Given):
         return torch.tensor(source.values, dtype=torch.int64)
     if isinstance(source, Zeros):

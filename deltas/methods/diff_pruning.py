@@ -1,7 +1,9 @@
 """Diff pruning: ``W + D`` with few entries of D different from zero (Guo et al. 2021).
 
-Canonical tensors ``<site>/indices`` int64 ``[dimensions, n]`` and ``<site>/values`` ``[n]`` (see ``sparse.py``), of
-linears, norms and embeddings; for biases ``<site>/bias_indices`` ``[1, n]`` and ``<site>/bias_values`` ``[n]``. No config.
+Canonical tensors ``<site>/indices`` int64 ``[2, n]``, rows and columns in the weight ``[out, in]`` of a linear or
+``[rows, width]`` of an embedding (``[1, n]`` at a norm), and ``<site>/values`` ``[n]``; for biases
+``<site>/bias_indices`` ``[1, n]`` and ``<site>/bias_values`` ``[n]``. A place that is named twice gets the sum. No
+config.
 """
 
 from __future__ import annotations

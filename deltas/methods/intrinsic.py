@@ -1,14 +1,17 @@
 """Intrinsic-dimension deltas: many weights moved by few numbers through a fixed random projection (Aghajanyan et al. 2021).
 
 Canonical: ``theta`` ``[d]``, optional ``scales`` ``[targets]`` (one number per target: the paper's structure-aware
-variant) and config ``{"seed": k, "scale": s, "sites": [...], "biases": [...]}``. The targets are the weights of ``sites``
-(linears, norms), then the biases of ``biases`` (linears, norms; also where the backbone has none). Entry e of target t, row
-by row in the site's shape (``[out, in]`` of a linear), moves by ``s * scales[t] * sign * theta[i]``, with i and sign dealt
-by :func:`deal`.
+variant) and config ``{"seed": k, "scale": s, "sites": [...], "biases": [...]}``. The targets are the weights of
+``sites`` (linears, norms), then the biases of ``biases`` (linears, norms; also where the backbone has none). Entry e
+of target t, from 0, row by row in the site's shape (``[out, in]`` of a linear), moves by ``s * scales[t] * sign *
+theta[i]``, where i and sign are dealt as follows. SplitMix64 (Steele et al. 2014) starts from the first eight bytes,
+little end first, of the SHA-256 of the text ``deltaserve-intrinsic-1/<seed>/<site>/<weight or bias>``; with z its
+output number e + 1, ``i = ((z >> 32) * d) >> 32``, and the sign is minus where z is odd.
 
-So the projection is sparse, one entry a row and d columns that share no row. (The paper's is Fastfood, which stays as close
-to an isometry; Li et al. 2018 measure intrinsic dimensions with either.) It is integer arithmetic, hence the same numbers
-on every machine and with every version of every library, and it takes seconds for a hundred million weights.
+So the projection is sparse, one entry a row and d columns that share no row. (The paper's is Fastfood, which stays as
+close to an isometry; Li et al. 2018 measure intrinsic dimensions with either.) It is integer arithmetic, hence the
+same numbers on every machine and with every version of every library, and it takes seconds for a hundred million
+weights.
 """
 
 from __future__ import annotations
@@ -108,9 +111,7 @@ def deal(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Which number of theta each entry from ``start`` on takes, and whether with the sign turned: ``[count]`` each.
 
-    Entry e takes output e + 1 of SplitMix64 (Steele et al. 2014) from a state s, the first eight bytes, little end
-    first, of the SHA-256 of ``deltaserve-intrinsic-1/<seed>/<target>``: with z the output, the index is the upper half
-    of z times ``dimensions``, over 2^32 rounded down, and the sign is minus where z is odd.
+    As this module's own description says; ``target`` is ``<site>/weight`` or ``<site>/bias``.
     """
     name = f"deltaserve-intrinsic-1/{seed}/{target}"
     state = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))

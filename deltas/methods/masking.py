@@ -1,7 +1,8 @@
 """Masking: a binary mask over the backbone's weights, as the places of the entries that become zero (Zhao et al. 2020).
 
-Canonical tensors ``<site>/indices`` int64 ``[dimensions, n]`` (see ``sparse.py``), of linears, norms and embeddings; for
-biases ``<site>/bias_indices`` ``[1, n]``. No config. What is lowered is the negated weight there, so it needs the weights.
+Canonical tensors ``<site>/indices`` int64 ``[2, n]``, rows and columns in the weight ``[out, in]`` of a linear or
+``[rows, width]`` of an embedding (``[1, n]`` at a norm); for biases ``<site>/bias_indices`` ``[1, n]``. No config.
+What is lowered is the negated weight there, so it needs the backbone's weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deltas.delta import Component
 from deltas.errors import InvalidDelta, UnsupportedDelta
@@ -59,10 +61,10 @@ class Masking:
         patches: list[Patch] = []
         for site, tensors in each_site(component, weights.spec):
             if "indices" in tensors:
-                places = torch.unique(tensors["indices"], dim=1)
+                places = _distinct(tensors["indices"], site.weight_shape)
                 patches.append(weight_change(site, places, -weights.weight(site)[tuple(places)]))
             if "bias_indices" in tensors:
-                places = torch.unique(tensors["bias_indices"], dim=1)
+                places = torch.unique(tensors["bias_indices"])[None]
                 bias = weights.bias(site)
                 if bias is None:
                     raise UnsupportedDelta(
@@ -70,3 +72,9 @@ class Masking:
                     )
                 patches.append(bias_change(site, places, -bias[places[0]]))
         return patches
+
+
+def _distinct(places: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Every place once, in order: ``[dimensions, n]``."""
+    flat = places[0] if len(shape) == 1 else places[0] * shape[1] + places[1]
+    return torch.stack(torch.unravel_index(torch.unique(flat), shape))

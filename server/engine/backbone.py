@@ -151,6 +151,12 @@ def family(located: Located) -> str:
     """The architecture, from the configuration alone; raises :class:`BackboneError` if it is not served."""
     if located.gguf is not None:
         model_type = gguf.architecture(located.gguf)
+        if model_type not in gguf.READ:
+            raise BackboneError(
+                f"{located.gguf.name} is a GGUF of the architecture {model_type!r}; of GGUF files are served: "
+                f"{', '.join(gguf.READ)}; serve others from a folder with safetensors",
+                param="backbone",
+            )
     else:
         config = json.loads((located.folder / "config.json").read_text())
         model_type = str(config.get("model_type"))

@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 import structlog
@@ -21,6 +21,8 @@ from server.config import Settings
 from server.engine.messages import (
     Cancel,
     Drop,
+    Encode,
+    Encoded,
     Failed,
     Fatal,
     Load,
@@ -44,8 +46,17 @@ from server.errors import (
     Quarantined,
     RowFailed,
     Unavailable,
+    UnsupportedTask,
 )
-from server.types import BackboneInfo, DeltaRef, EngineStats, ProbeResult, SamplingParams, TokenEvent
+from server.types import (
+    BackboneInfo,
+    DeltaRef,
+    EngineStats,
+    ProbeResult,
+    SamplingParams,
+    TokenEvent,
+    Vector,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -59,13 +70,14 @@ ERRORS: dict[str, type[DeltaserveError]] = {
         Quarantined,
         RowFailed,
         Unavailable,
+        UnsupportedTask,
     )
 }
 STOP_SECONDS = 5.0
 LONGEST_PAUSE = 30.0
 MOST_FAILED_STARTS = 5  # then it is not going to work, and saying so is better than trying for ever
 
-_Event = TokenEvent | ProbeResult | DeltaserveError
+_Event = TokenEvent | Vector | ProbeResult | DeltaserveError
 
 
 class EngineClient:
@@ -142,6 +154,33 @@ class EngineClient:
             finally:
                 if not ended:
                     side.send(Cancel(request_id))
+
+    async def encode(
+        self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str
+    ) -> list[Vector]:
+        """Embeds rows of token ids with an encoder, or puts them through the delta's head: one vector a row, in order.
+
+        Raises the first row's error; then, and if the caller is cancelled, no row goes on.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            opened = [await stack.enter_async_context(self._conversation()) for _ in rows]
+            if not opened:
+                return []
+            side = opened[0][1]
+            numbered = [(found[0], row) for found, row in zip(opened, rows, strict=True)]
+            side.send(Encode(tenant, numbered, delta, head))
+            vectors: list[Vector] = []
+            failed = True
+            try:
+                for _, _, events in opened:
+                    while not isinstance(event := await events.get(), Vector):
+                        if isinstance(event, DeltaserveError):
+                            raise event
+                    vectors.append(event)
+            finally:
+                for request_id, _ in numbered[len(vectors) :]:
+                    side.send(Cancel(request_id))
+            return vectors
 
     async def load(self, delta: DeltaRef) -> ProbeResult:
         """Brings a delta to the device now and says what it does there.
@@ -231,6 +270,10 @@ class EngineClient:
                 for request_id, event in events:
                     if (queue := self._waiting.get(request_id)) is not None:
                         queue.put_nowait(event)
+            case Encoded(vectors):
+                for request_id, vector in vectors:
+                    if (queue := self._waiting.get(request_id)) is not None:
+                        queue.put_nowait(vector)
             case Failed(request_id, code, message):
                 if (queue := self._waiting.get(request_id)) is not None:
                     queue.put_nowait(ERRORS.get(code, RowFailed)(message))

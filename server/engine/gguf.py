@@ -15,6 +15,9 @@ from typing import BinaryIO
 
 from server.errors import InvalidRequest
 
+# What transformers converts whole. Of Gemma's files it leaves out how scores and positions are scaled; Mistral's say llama.
+READ = ("gpt2", "llama", "qwen2", "qwen3")
+
 _MAGIC = b"GGUF"
 _KEY = "general.architecture"
 _STRING = 8

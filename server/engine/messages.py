@@ -2,14 +2,23 @@
 
 Each frame is a 4-byte little-endian length and a msgpack-encoded tagged struct. The api process is the only
 client. Every ``Submit`` is answered by zero or more ``Step`` entries and exactly one end: an event with a finish
-reason, or ``Failed``; ``Cancel`` makes the end silent.
+reason, or ``Failed``; ``Cancel`` makes the end silent. Every row of an ``Encode`` is answered by an ``Encoded`` entry or
+``Failed``.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from server.types import BackboneInfo, DeltaRef, EngineStats, ProbeResult, SamplingParams, TokenEvent
+from server.types import (
+    BackboneInfo,
+    DeltaRef,
+    EngineStats,
+    ProbeResult,
+    SamplingParams,
+    TokenEvent,
+    Vector,
+)
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
@@ -20,6 +29,15 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     prompt: list[int]
     delta: DeltaRef | None
     sampling: SamplingParams
+
+
+class Encode(msgspec.Struct, tag="encode", frozen=True):
+    """Rows for an encoder, by id, as token ids: to be embedded, or put through the delta's ``head``."""
+
+    tenant: str
+    rows: list[tuple[int, list[int]]]
+    delta: DeltaRef | None
+    head: bool
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
@@ -59,6 +77,12 @@ class Step(msgspec.Struct, tag="step", frozen=True):
     events: list[tuple[int, TokenEvent]]
 
 
+class Encoded(msgspec.Struct, tag="encoded", frozen=True):
+    """What one step of an encoder gave, by row id."""
+
+    rows: list[tuple[int, Vector]]
+
+
 class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     """Answer to ``Load``: the delta is on the device, and this is what it did there."""
 
@@ -86,8 +110,8 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     stats: EngineStats
 
 
-Request = Submit | Cancel | Drop | Load
-Reply = Ready | Progress | Step | Loaded | Failed | Fatal | Stats
+Request = Submit | Encode | Cancel | Drop | Load
+Reply = Ready | Progress | Step | Encoded | Loaded | Failed | Fatal | Stats
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 1 << 28

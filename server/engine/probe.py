@@ -17,7 +17,9 @@ What "changes nothing" means, where a small change may be lost in rounding:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 import torch
@@ -29,8 +31,10 @@ from deltas.batch import Hooked, Plan, Segment
 from deltas.groups import SiteGroup, places
 from deltas.hooks import bias_of, weight_of
 from deltas.inert import inert
+from deltas.ops import Ops
 from deltas.patches import EmbeddingLowRank, EmbeddingRows, Override
 from deltas.sites import SiteKind
+from server.engine.backbone import Backbone
 from server.engine.kv import Attention
 from server.engine.runner import Runner
 from server.types import ProbeResult
@@ -44,7 +48,7 @@ _NAMED = 4  # sites in a message
 
 
 @dataclass(eq=False)
-class _Watch:
+class Watch:
     """A plan that notes which groups asked for it and, if ``closely``, what its steps did there."""
 
     plan: Plan
@@ -70,7 +74,7 @@ class _Watch:
 
 
 @dataclass(frozen=True)
-class _Input:
+class Given:
     """Token ids and positions, both ``[n]`` and on the device; ``usual`` where no delta asked for its own."""
 
     ids: Tensor
@@ -78,11 +82,23 @@ class _Input:
     usual: bool
 
 
+class Runs(Protocol):
+    """What a probe needs of a runner beside its passes."""
+
+    backbone: Backbone
+    ops: Ops
+    hooks: Hooks
+    groups: list[SiteGroup]
+
+
+RunnerT = TypeVar("RunnerT", bound=Runs)
+
+
 @dataclass(eq=False)
-class Probe:
+class AnyProbe(ABC, Generic[RunnerT]):
     """Tries deltas on the runner's backbone. The step loop owns it, as it owns the runner."""
 
-    runner: Runner
+    runner: RunnerT
     _modules: dict[str, nn.Module] = field(init=False)
     _names: dict[tuple[int, int, int], str] = field(init=False)  # group, first column, columns -> site
     _kept: dict[int, Tensor] = field(default_factory=dict)  # the backbone's logits for so many usual tokens
@@ -105,7 +121,7 @@ class Probe:
             self.runner.hooks.plan = None
 
     def _judge(self, delta: PackedDelta) -> ProbeResult:
-        length, capacity = delta.prefix_length, self.runner.kv.capacity
+        length, capacity = self._virtual(delta), self._capacity
         if length >= capacity:
             return ProbeResult("failed", f"{length} virtual tokens leave no room in rows of {capacity}")
         given = self._input(delta, min(TOKENS, capacity - length))
@@ -128,7 +144,7 @@ class Probe:
                 )
             if bool(scores.any()):
                 return ProbeResult("changes")  # an output of its own, which the backbone does not have
-        if delta.prefix is None and all(self._inert(group, step) for group, step in _steps(delta)):
+        if not _attended(delta) and all(self._inert(group, step) for group, step in _steps(delta)):
             return ProbeResult("nothing", f"its changes come to nothing, at {everywhere}")
         if not torch.equal(logits[sound], own[sound]):
             return ProbeResult("changes")
@@ -140,11 +156,26 @@ class Probe:
 
     # -- passes ------------------------------------------------------------------------------------------------
 
-    def _watch(self, delta: PackedDelta, given: _Input, *, closely: bool) -> _Watch:
-        count = len(given.ids)
-        return _Watch(self.runner.ops.plan([Segment(0, count, delta)], count) or _Idle(), closely)
+    @property
+    @abstractmethod
+    def _capacity(self) -> int:
+        """Tokens that a row may have, virtual ones included."""
 
-    def _without(self, given: _Input) -> Tensor:
+    @abstractmethod
+    def _virtual(self, delta: PackedDelta) -> int:
+        """Of those, how many are the delta's."""
+
+    @abstractmethod
+    def _watch(self, delta: PackedDelta, given: Given, *, closely: bool) -> Watch:
+        """The delta's plan for these tokens, watched."""
+
+    @abstractmethod
+    def _forward(
+        self, given: Given, delta: PackedDelta | None, watch: Watch | None
+    ) -> tuple[Tensor, Tensor]:
+        """Last hidden states ``[tokens, hidden]`` and logits ``[n, vocab]``, by the path of a row alone in its step."""
+
+    def _without(self, given: Given) -> Tensor:
         count = len(given.ids)
         if not given.usual:
             return self._forward(given, None, None)[1]
@@ -152,24 +183,9 @@ class Probe:
             self._kept = {count: self._forward(given, None, None)[1]}
         return self._kept[count]
 
-    def _forward(self, given: _Input, delta: PackedDelta | None, plan: Plan | None) -> tuple[Tensor, Tensor]:
-        """Last hidden states ``[n, hidden]`` and logits ``[n, vocab]``, by the path of a row alone in its step."""
-        runner = self.runner
-        prefix, shift = (0, 0) if delta is None else (delta.prefix_length, delta.shift)
-        if delta is not None and delta.prefix is not None:
-            runner.kv.put_prefix(runner.scratch_slot, delta.prefix)
-        attention = Attention(
-            runner.kv, runner.ops.kernels, [runner.scratch_slot], [prefix], [len(given.ids)]
-        )
-        runner.hooks.plan = plan
-        hidden = runner.forward(attention, given.positions[None] + shift, input_ids=given.ids[None])[0]
-        logits = runner.backbone.logits(hidden)
-        runner.hooks.plan = None
-        return hidden, logits
-
     # -- tokens ------------------------------------------------------------------------------------------------
 
-    def _input(self, delta: PackedDelta, count: int) -> _Input:
+    def _input(self, delta: PackedDelta, count: int) -> Given:
         """``count`` tokens: the usual ones, but for those that a table of embeddings was changed for."""
         device, spec = self.runner.backbone.device, self.runner.backbone.spec
         ids = torch.randint(spec.vocab, (count,), generator=torch.Generator().manual_seed(SEED))
@@ -192,7 +208,7 @@ class Probe:
                 positions[-len(chosen) :] = chosen
             else:
                 ids[: len(chosen)] = chosen
-        return _Input(ids.to(device), positions.to(device), usual)
+        return Given(ids.to(device), positions.to(device), usual)
 
     def _trained(self, group: SiteGroup, steps: tuple[Applied, ...]) -> Tensor:
         """The rows of a table that these steps change, int64 ``[n]``, sorted; none where they change all alike."""
@@ -225,7 +241,7 @@ class Probe:
 
         return inert(step, own)
 
-    def _where_broken(self, delta: PackedDelta, given: _Input) -> str:
+    def _where_broken(self, delta: PackedDelta, given: Given) -> str:
         watch = self._watch(delta, given, closely=True)
         self._forward(given, delta, watch)
         first = self._named(delta, watch.broken[:1]) or "layers that follow its changes"
@@ -243,7 +259,38 @@ class Probe:
         return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-class _Idle:
+class Probe(AnyProbe[Runner]):
+    """The decoders' probe: its passes use the scratch slot."""
+
+    @property
+    def _capacity(self) -> int:
+        return self.runner.kv.capacity
+
+    def _virtual(self, delta: PackedDelta) -> int:
+        return delta.prefix_length
+
+    def _watch(self, delta: PackedDelta, given: Given, *, closely: bool) -> Watch:
+        count = len(given.ids)
+        return Watch(self.runner.ops.plan([Segment(0, count, delta)], count) or Idle(), closely)
+
+    def _forward(
+        self, given: Given, delta: PackedDelta | None, watch: Watch | None
+    ) -> tuple[Tensor, Tensor]:
+        runner = self.runner
+        prefix, shift = (0, 0) if delta is None else (delta.prefix_length, delta.shift)
+        if delta is not None and delta.prefix is not None:
+            runner.kv.put_prefix(runner.scratch_slot, delta.prefix)
+        attention = Attention(
+            runner.kv, runner.ops.kernels, [runner.scratch_slot], [prefix], [len(given.ids)]
+        )
+        runner.hooks.plan = watch
+        hidden = runner.forward(attention, given.positions[None] + shift, input_ids=given.ids[None])[0]
+        logits = runner.backbone.logits(hidden)
+        runner.hooks.plan = None
+        return hidden, logits
+
+
+class Idle:
     """The plan of a delta that has no steps: it acts by its prefix alone."""
 
     def active(self, _group: int) -> bool:
@@ -251,6 +298,11 @@ class _Idle:
 
     def apply(self, _group: int, _x: Tensor, _y: Tensor, _hooked: Hooked) -> None:
         """Does nothing."""
+
+
+def _attended(delta: PackedDelta) -> bool:
+    """Does the delta put something before a row, beside its steps?"""
+    return delta.prefix is not None or delta.prompt is not None or bool(delta.prefixes)
 
 
 def _steps(delta: PackedDelta) -> list[tuple[int, Applied]]:

@@ -92,7 +92,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self._clock = clock
         self._known: dict[int, Sequence] = {}
-        self._queue = FairQueue(weights)
+        self._queue: FairQueue[Sequence] = FairQueue(weights)
         self._running: dict[int, Sequence] = {}  # in order of admission
         self._free = list(
             range(max_rows - 1, -1, -1)

@@ -10,23 +10,38 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, Protocol, TypeVar
 
-from server.engine.sequence import Sequence
+
+class Waiting(Protocol):
+    """What the queue must know of a row; ``uncomputed`` counts the tokens that it still needs."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def uncomputed(self) -> int: ...
 
 
-class FairQueue:
+Row = TypeVar("Row", bound=Waiting)
+
+
+class FairQueue(Generic[Row]):
     """Waiting rows by tenant, and every active tenant's counter. A tenant is active while it has any row."""
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
-        self._waiting: dict[str, dict[int, Sequence]] = {}
+        self._waiting: dict[str, dict[int, Row]] = {}
         self._rows: Counter[str] = Counter()  # waiting and running rows of each active tenant
         self._served: dict[str, float] = {}
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._waiting.values())
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Row]:
         """All waiting rows, each tenant's in order of arrival."""
         for rows in self._waiting.values():
             yield from rows.values()
@@ -35,7 +50,7 @@ class FairQueue:
         """The tenant's counter."""
         return self._served.get(tenant, 0.0)
 
-    def push(self, seq: Sequence) -> None:
+    def push(self, seq: Row) -> None:
         """Put a new row last in its tenant's line, lifting the counter of a tenant that was idle."""
         if not self._rows[seq.tenant]:
             floor = min((self._served[tenant] for tenant in self._rows if tenant != seq.tenant), default=0.0)
@@ -43,7 +58,7 @@ class FairQueue:
         self._rows[seq.tenant] += 1
         self._waiting.setdefault(seq.tenant, {})[seq.id] = seq
 
-    def remove(self, seq: Sequence) -> None:
+    def remove(self, seq: Row) -> None:
         """Take a waiting row out, because it ends or because it starts; an ended one also needs ``leave``."""
         rows = self._waiting[seq.tenant]
         del rows[seq.id]
@@ -65,7 +80,7 @@ class FairQueue:
         """Account for tokens the tenant is being served."""
         self._served[tenant] += tokens / self._weights.get(tenant, 1.0)
 
-    def offer(self, take: Callable[[Sequence], bool | None], backlog: Mapping[str, int]) -> None:
+    def offer(self, take: Callable[[Row], bool | None], backlog: Mapping[str, int]) -> None:
         """Offer waiting rows in fair order until ``take`` says stop.
 
         ``take`` returns True when it has taken the row (it must not touch the queue itself; the row is

@@ -126,7 +126,7 @@ def parts_of_a_fused_linear(spec: BackboneSpec) -> Delta:
 
 def gains_of_parts(spec: BackboneSpec) -> Delta:
     tensors = {f"layers.{i}.attn.{part}/gain": normal(32 + i, mean=1)[:32] for i in (0, 1) for part in "kv"}
-    return Delta((Component("ia3", {}, tensors),))
+    return Delta((Component("ia3", {"scale": 0.8}, tensors),))
 
 
 def shifts(spec: BackboneSpec) -> Delta:

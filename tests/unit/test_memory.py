@@ -30,7 +30,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 STORED_AS_SERVED = frozenset(
     {
         "adalora", "bitfit", "bottleneck", "delora", "dense", "diff_pruning", "fusion", "gated_ia3", "gated_lora",
-        "head", "ia3", "invertible", "ln", "lora", "masking", "opendelta_prefix", "override", "prefix", "prompt", "shira", "tokens",
+        "head", "ia3", "invertible", "ln", "lora", "masking", "opendelta_prefix", "override", "prefix", "prompt",
+        "shira", "tokens",
     }
 )  # fmt: skip
 
@@ -68,7 +69,7 @@ def tiny(family: str) -> BackboneSpec:
 
 @cache
 def backbone(name: str) -> tuple[BackboneSpec, dict[str, Tensor]]:
-    """A backbone by name, and room for the weights that some methods ask for, drawn when asked."""
+    """A backbone by name, and room for the weights that some methods ask for."""
     return (smollm2() if name == "smollm2" else tiny(name)), {}
 
 
@@ -82,7 +83,7 @@ def packed(name: str, delta: Delta, dtype: torch.dtype) -> PackedDelta:
             return None
         if key not in weights:
             shape = site.weight_shape if parameter == "weight" else (site.out_features,)
-            weights[key] = torch.randn(shape, generator=torch.Generator().manual_seed(len(key)))
+            weights[key] = torch.full(shape, 0.5)
         return weights[key]
 
     return pack(methods.lower(delta, spec, source), spec, dtype)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from deltas.errors import UnsupportedDelta
 from deltas.formats.files import listed
 from deltas.formats.peft.reading import PREFIX, Reading
-from deltas.formats.sources import Source
+from deltas.formats.sources import Own, Source
 
+_POOLER = "bert.pooler.dense"  # which PEFT does not save unless told to
 _TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
 _LLAMAS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 # By family and task: the layers' modules, their activations, what is pooled.
@@ -35,12 +36,18 @@ def read_head(reading: Reading) -> None:
     missing: list[str] = []
     for index, path in enumerate(layers):
         weight, bias = (f"{PREFIX}{path}.{parameter}" for parameter in ("weight", "bias"))
-        if weight not in reading.left:
+        if weight not in reading.left and path == _POOLER:
+            width = reading.spec.hidden
+            found |= {
+                f"layers.{index}/weight": Own(f"{path}.weight", (width, width)),
+                f"layers.{index}/bias": Own(f"{path}.bias", (width,)),
+            }
+        elif weight not in reading.left:
             missing.append(weight)
-            continue
-        found[f"layers.{index}/weight"] = reading.claim(weight)
-        if bias in reading.left:
-            found[f"layers.{index}/bias"] = reading.claim(bias)
+        else:
+            found[f"layers.{index}/weight"] = reading.claim(weight)
+            if bias in reading.left:
+                found[f"layers.{index}/bias"] = reading.claim(bias)
     if not layers or missing:
         needs = f"its head's tensors: {listed(missing)}" if layers else "a head that is not served"
         raise UnsupportedDelta(f"task_type {task} of {reading.spec.family} needs {needs}", field="task_type")

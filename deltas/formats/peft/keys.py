@@ -10,10 +10,13 @@ from deltas.formats.plan import Check, absent, one_of
 
 Keys = Mapping[str, Check | None]
 
+TASKS = ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+"""Tasks whose models have no language model's head."""
+
 # Read by ``plan`` for its head, or informational.
 COMMON: Keys = {
     "peft_type": None,
-    "task_type": one_of("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", None),
+    "task_type": one_of("CAUSAL_LM", "SEQ_2_SEQ_LM", *TASKS, None),
     "auto_mapping": None,
     "peft_version": None,
     "base_model_name_or_path": None,

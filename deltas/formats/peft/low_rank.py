@@ -104,6 +104,7 @@ def pvera(reading: Reading) -> None:
 
 def _vera(reading: Reading, name: str, config: dict[str, Any]) -> None:
     modules = tuned(reading, {f"{name}_lambda_b": "b", f"{name}_lambda_d": "d"})
+    reading.hold((module.keys["d"] for module in modules), 0, "r", 256, 2 if config else 1)
     found: dict[str, Source] = sources(modules)
     if reading.config.get("save_projection", True):
         for side in "AB":
@@ -131,6 +132,7 @@ def delora(reading: Reading) -> None:
 def miss(reading: Reading) -> None:
     modules = tuned(reading, {"miss_block": "block"})
     variant = reading.config.get("init_weights", True)
+    reading.hold((module.keys["block"] for module in modules), 1 if variant == "bat" else 0, "r", 64)
     for module in modules:
         shape = reading.shape(module.keys["block"])
         narrow = len(shape) == 2 and shape[1] != module.site.out_features
@@ -153,12 +155,15 @@ def vblora(reading: Reading) -> None:
         names = {f"vblora_logits_{side}": f"logits_{side}" for side in "AB"}
     modules = tuned(reading, names)
     bank = demand_shared(reading, "vblora_vector_bank")
+    reading.hold([bank], 0, "num_vectors", 256)
+    reading.hold([bank], 1, "vector_length", 256)
     topk = whole(reading.config.get("topk", 2), "topk", 1)
     reading.add("vblora", {"topk": topk}, {**sources(modules), "bank": bank})
 
 
 def unilora(reading: Reading) -> None:
     theta = demand_shared(reading, "unilora_theta_d")
+    reading.hold([theta], 0, "theta_d_length", 256)
     if reading.config.get("save_indices"):
         names = {
             f"unilora_{kind}_{side}": f"{kind}_{side}" for side in "AB" for kind in ("indices", "scales")
@@ -219,6 +224,7 @@ def deft(reading: Reading) -> None:
     config = reading.config
     names = {"deft_P": "P"} if config.get("para") else {"deft_P": "P", "deft_R": "R"}
     modules = tuned(reading, names)
+    reading.hold((module.keys["P"] for module in modules), 1, "r", 8)
     alpha = config.get("alpha")
     scales = {
         module.site.name: number(alpha, "alpha") / max(1, reading.shape(module.keys["P"])[-1])

@@ -11,6 +11,7 @@ from deltas.formats.files import listed
 from deltas.formats.header import Header, shown
 from deltas.formats.plan import PlannedComponent
 from deltas.formats.sources import Derived, Source
+from deltas.methods.per_site import whole
 from deltas.sites import BackboneSpec, Site, SiteKind
 
 CONFIG = "adapter_config.json"
@@ -120,6 +121,16 @@ class Reading:
             self.refuse_left()
             kind = self.config.get("peft_type")
             raise InvalidDelta(f"{self.file} holds no {kind} tensors", field=self.file)
+
+    def hold(self, keys: Iterable[str], dimension: int, field: str, default: int, times: int = 1) -> None:
+        """Refuse tensors of another size than the config's ``field`` says, as PEFT does when it loads them."""
+        wanted = whole(self.config.get(field, default), field, 1)
+        for key in keys:
+            shape = self.shape(key)
+            if len(shape) <= dimension or shape[dimension] != wanted * times:
+                raise InvalidDelta(
+                    f"{shown(key)} has shape {list(shape)}, but {field} is {wanted}", field=field
+                )
 
     def refuse_left(self) -> None:
         """Refuse names that have no meaning: serving the delta without them would not be serving it."""

@@ -11,12 +11,14 @@ from typing import Any
 from deltas.errors import InvalidDelta
 from deltas.formats.files import listed
 from deltas.formats.header import shown
+from deltas.formats.peft.keys import TASKS
 from deltas.formats.peft.reading import PREFIX, Reading, split_key
 from deltas.formats.sources import Derived, Given, Source, Zeros
 from deltas.sites import Site, SiteKind
 
 # Names by which PEFT decides to save copies: of these, and of the input embedding whatever its name.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+_UNTRAINED, _TRAINED = ".original_module.", ".modules_to_save."
 _TOKENS = "trainable_tokens_delta"
 _MAX_TOKENS = 1 << 20
 # A head's bias has two names in these models.
@@ -31,6 +33,8 @@ def read_saved(reading: Reading) -> None:
     ):
         raise InvalidDelta("modules_to_save must be a list of names", field="modules_to_save")
     bias = reading.config.get("bias", "none")
+    if bias == "all":
+        _inner(reading)
     found: dict[str, Source] = {}
     for key in list(reading.left):
         split = split_key(key, ("weight", "bias"))
@@ -56,14 +60,26 @@ def read_saved(reading: Reading) -> None:
         reading.add("override", {}, found)
 
 
+def _inner(reading: Reading) -> None:
+    """With every bias PEFT also saves those inside its wrappers: the untrained one, and the trained under a second name."""
+    for key in list(reading.left):
+        path, wrapper, parameter = key.partition(_UNTRAINED)
+        if wrapper and parameter.endswith("bias"):
+            reading.spare.add(reading.claim(key))
+        path, wrapper, parameter = key.partition(_TRAINED)
+        if wrapper and f"{path}.{parameter}" in reading.header.tensors:
+            reading.repeats[reading.claim(key)] = f"{path}.{parameter}"
+
+
 def _demand(
     reading: Reading, names: list[str] | tuple[()], bias: object, found: Mapping[str, Source]
 ) -> None:
     """What the config names must be in the file: PEFT would go on with the backbone's own."""
+    within = reading.spec.base_prefix + "." if reading.config.get("task_type") in TASKS else ""
     for site in reading.spec.sites.values():
-        if site.part or site.kind in (SiteKind.BLOCK, SiteKind.KV):
-            continue
         path = site.path
+        if site.part or site.kind in (SiteKind.BLOCK, SiteKind.KV) or not path.startswith(within):
+            continue
         named = _is_chosen(path, names)
         biased = bias == "all" or (bias != "none" and site.name in reading.tuned)
         for parameter, wanted, field in (

@@ -84,6 +84,13 @@ def ia3(reading: Reading) -> None:
         if len(shape) != 2 or 1 not in shape:
             raise InvalidDelta(f"{key!r} has shape {list(shape)}, expected [1, in] or [out, 1]", field=key)
         parameter = "gain" if shape[1] == 1 else "input_gain"
+        inner = reading.config.get("feedforward_modules") or []
+        if isinstance(inner, list) and any(
+            isinstance(name, str) and module.path.endswith(name) for name in inner
+        ) != (parameter == "input_gain"):
+            raise InvalidDelta(
+                f"{key!r} has shape {list(shape)}, which feedforward_modules contradicts", field=key
+            )
         found[f"{module.site.name}/{parameter}"] = Derived(key, shape=(-1,))
     reading.add("ia3", {}, found)
 

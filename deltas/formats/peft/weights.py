@@ -99,6 +99,7 @@ def _scales(reading: Reading, modules: list[Wrapped]) -> dict[str, object]:
 
 def fourierft(reading: Reading) -> None:
     modules = tuned(reading, {"fourierft_spectrum": "spectrum"})
+    _hold_frequencies(reading, modules, 1000)
     reading.add("fourierft", _placed(reading, 150.0), sources(modules))
 
 
@@ -107,7 +108,15 @@ def waveft(reading: Reading) -> None:
     if reading.config.get("use_idwt", True):
         one_of("db1")("wavelet_family", reading.config.get("wavelet_family", "db1"))
         config["haar"] = True
-    reading.add("waveft", config, sources(tuned(reading, {"waveft_spectrum": "spectrum"})))
+    modules = tuned(reading, {"waveft_spectrum": "spectrum"})
+    if not reading.config.get("proportional_parameters"):
+        _hold_frequencies(reading, modules, 2592)
+    reading.add("waveft", config, sources(modules))
+
+
+def _hold_frequencies(reading: Reading, modules: list[Wrapped], default: int) -> None:
+    if not reading.config.get("n_frequency_pattern"):
+        reading.hold((module.keys["spectrum"] for module in modules), 0, "n_frequency", default)
 
 
 def _placed(reading: Reading, scale: float) -> dict[str, object]:

@@ -64,6 +64,34 @@ _WRITERS: Mapping[str, Writer] = {
     "waveft": entries.waveft,
 }
 
+# What each writer takes from a component's config. A key that it does not know would be lost, so it is refused.
+_SCALES = ("scale", "scales")
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "adalora": _SCALES,
+    "deft": (*_SCALES, "orthogonal"),
+    "fourierft": ("scale", "seed"),
+    "gralora": ("scale",),
+    "head": ("kind", "pooling", "activations", "labels"),
+    "hra": ("orthogonal",),
+    "ia3": ("scale",),
+    "loha": _SCALES,
+    "lokr": _SCALES,
+    "lora": (*_SCALES, "dora", "init"),
+    "oft": ("terms", "shared", "limit"),
+    "peanut": ("scale", "activation"),
+    "prefix": ("shifts_positions",),
+    "prompt": ("after_norm",),
+    "randlora": ("scale", "seed", "sparsity"),
+    "road": ("variant", "group"),
+    "shira": _SCALES,
+    "supertuning": ("largest", "scale"),
+    "tinylora": ("seeds",),
+    "unilora": ("seed", "rank", "sites"),
+    "vblora": ("topk",),
+    "vera": ("seed", "probabilistic"),
+    "waveft": ("scale", "seed", "haar"),
+}
+
 # Absolute values, which stand beside other methods or are a type of their own.
 _ABSOLUTE = frozenset({"bitfit", "head", "ln", "override", "tokens"})
 
@@ -144,6 +172,10 @@ def save(
 def _form(delta: Delta, weights: SiteWeights) -> Form:
     """One component that makes the type, and what stands beside it; absolute values alone have types of their own."""
     named = [(f"component {i} ({part.method})", part) for i, part in enumerate(delta.components)]
+    for where, part in named:
+        unknown = set(part.config) - set(_KEYS.get(part.method, ())) if part.method in WRITTEN else ()
+        if unknown:
+            raise UnsupportedDelta(f"{where}: PEFT has nothing for its {min(unknown)}", field=min(unknown))
     makers = [(where, part) for where, part in named if part.method not in _ABSOLUTE]
     if not makers:
         makers = [(where, part) for where, part in named if part.method == "bitfit"][:1]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltas.delta import Component
@@ -81,6 +82,7 @@ def road(component: Component, weights: SiteWeights) -> Form:
 def ia3(component: Component, weights: SiteWeights) -> Form:
     """Modules whose input is scaled are PEFT's feed-forward modules; parts of a fused linear are scaled together."""
     spec, modules = weights.spec, Modules()
+    scale = component.config.get("scale", 1.0)
     outputs: dict[str, Tensor] = {}
     inputs: list[str] = []
     for here in sites_of(component, spec):
@@ -89,6 +91,8 @@ def ia3(component: Component, weights: SiteWeights) -> Form:
             modules.add(here.path, {"ia3_l": here.tensors["input_gain"][None]})
             continue
         site, gain = here.site, here.tensors["gain"]
+        if scale != 1.0:
+            gain = (gain.to(torch.float32) * scale).to(gain.dtype)
         if site.path not in outputs:
             outputs[site.path] = gain.new_ones(spec.by_path[site.path].out_features)
         outputs[site.path][site.offset : site.offset + site.out_features] *= gain

@@ -173,6 +173,12 @@ def test_every_method_is_written_or_has_a_reason() -> None:
     assert sorted([*peft_writer.WRITTEN, *refused]) == sorted(METHODS)
 
 
+def test_a_config_key_that_no_writer_knows_is_refused() -> None:
+    """Else a method's new option would be lost on the way."""
+    with pytest.raises(UnsupportedDelta, match=r"component 0 \(lora\): PEFT has nothing for its twist"):
+        peft_writer.export(Delta((lora(Q, twist=3),)), SPECS["llama"])
+
+
 def test_names_are_short_and_mean_nothing_else() -> None:
     bert = SPECS["bert"]
     both = [

@@ -240,6 +240,34 @@ def test_decode_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_attention_from_a_first_key_on_and_with_capped_scores(
+    kernels: native.Kernels, threads: int, dtype: torch.dtype, softcap: float | None
+) -> None:
+    firsts = torch.tensor([0, 1, 0, 40, 3, 255, 256, 0])
+    lengths = torch.tensor([1, 1, 0, 16, 300, 257, 444, 700])
+    keys, values = cache(dtype, 9, 2, 700, 32), cache(dtype, 9, 2, 700, 32)
+    slots = torch.randperm(9)[:8]
+    for row in range(8):  # what lies before and behind must not matter
+        seen = slice(firsts[row], firsts[row] + lengths[row])
+        for part in (keys, values):
+            inside = part[slots[row], :, seen].clone()
+            part[slots[row]] = float("nan")
+            part[slots[row], :, seen] = inside
+    q, out = torch.randn(8, 6, 32).to(dtype), torch.empty(8, 6, 32, dtype=dtype)
+    kernels.decode_attention(q, keys, values, slots, lengths, 1.0, out, firsts, softcap)
+    want = torch.zeros(q.shape, dtype=torch.float64)
+    for row in range(8):
+        seen = slice(firsts[row], firsts[row] + lengths[row])
+        if lengths[row]:
+            k, v = (part[slots[row], :, seen].double().repeat_interleave(3, 0) for part in (keys, values))
+            scores = torch.einsum("hd,hnd->hn", q[row].double(), k)
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            want[row] = torch.einsum("hn,hnd->hd", scores.softmax(-1), v)
+    close(out, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_of_a_prompt_are_rows_of_one_slot(
     kernels: native.Kernels, threads: int, dtype: torch.dtype
 ) -> None:
@@ -282,6 +310,12 @@ def test_attention_and_kv_write_refuse_bad_indices(kernels: native.Kernels) -> N
         with pytest.raises(IndexError):
             kernels.decode_attention(
                 q, keys, values, torch.tensor([slot]), torch.tensor([length]), 1.0, torch.empty_like(q)
+            )
+    for first, length in [(-1, 1), (9, 0), (8, 1), (2, 7)]:
+        with pytest.raises(IndexError):
+            kernels.decode_attention(
+                *(q, keys, values, torch.tensor([0]), torch.tensor([length]), 1.0, torch.empty_like(q)),
+                torch.tensor([first]),
             )
     for slot, position in [(2, 0), (-1, 0), (0, 8), (0, -1)]:
         with pytest.raises(IndexError):

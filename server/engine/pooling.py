@@ -1,0 +1,95 @@
+"""How a row's hidden states become one vector: as sentence-transformers configures it, in the backbone's folder.
+
+``modules.json`` lists a Transformer, a Pooling and perhaps a Normalize; each has its own folder. A backbone without them
+is pooled by the mean, without normalising. (Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.errors import InvalidRequest
+
+MODES = ("cls", "mean", "max")
+# Pooling's config before version 5 had a flag for each mode.
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """``modes`` are joined in the library's order; ``longest`` is the number of tokens it was made for, if known."""
+
+    modes: tuple[str, ...] = ("mean",)
+    normalise: bool = False
+    longest: int | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """``hidden`` ``[tokens, width]`` of one row, prompt tokens included -> float32 ``[width * modes]``."""
+        states = hidden.float()
+        parts = [
+            states[0] if mode == "cls" else states.mean(0) if mode == "mean" else states.amax(0)
+            for mode in self.modes
+        ]
+        vector = torch.cat(parts)
+        return torch.nn.functional.normalize(vector, dim=0) if self.normalise else vector
+
+
+def read_embedder(folder: Path) -> Embedder:
+    """What the folder says. Raises :class:`InvalidRequest` for modules that would change embeddings and are not served."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return Embedder(longest=_longest(folder))
+    found = Embedder(longest=_longest(folder))
+    for module in json.loads(modules.read_text()):
+        kind = str(module.get("type")).rpartition(".")[2]
+        match kind:
+            case "Transformer":
+                continue
+            case "Pooling":
+                found = Embedder(_modes(_config(folder / module["path"])), found.normalise, found.longest)
+            case "Normalize":
+                found = Embedder(found.modes, True, found.longest)
+            case _:
+                raise _refused(f"modules.json has a {kind}; served: Transformer, Pooling, Normalize")
+    return found
+
+
+def _modes(config: dict[str, Any]) -> tuple[str, ...]:
+    given = config.get("pooling_mode")
+    if given is None:
+        modes = [mode for flag, mode in _FLAGS.items() if config.get(flag)]
+    else:
+        modes = [given] if isinstance(given, str) else list(given)
+    unknown = [str(mode) for mode in modes if mode not in MODES]
+    if unknown or not modes:
+        raise _refused(f"its pooling is {', '.join(unknown) or 'none'}; served: {', '.join(MODES)}")
+    return tuple(modes)
+
+
+def _longest(folder: Path) -> int | None:
+    path = folder / "sentence_bert_config.json"
+    found = json.loads(path.read_text()).get("max_seq_length") if path.is_file() else None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return config if isinstance(config, dict) else {}
+
+
+def _refused(why: str) -> InvalidRequest:
+    return InvalidRequest(f"the backbone's sentence-transformers files are not served: {why}", param="backbone")
