@@ -75,7 +75,7 @@ class Metrics:
     # requests
 
     def request_done(self, kind: str, outcome: str, seconds: float | None = None) -> None:
-        """A request was answered; ``seconds`` is given for those that generate."""
+        """A request was answered; ``seconds`` is given for those that the engine computed."""
         self._requests.labels(kind, outcome).inc()
         if seconds is not None:
             self._request_seconds.observe(seconds)

@@ -21,7 +21,6 @@ from deltas.methods.per_site import Loaded, Outlined, PerSite, truth, whole
 from deltas.patches import Patch, Rotation
 from deltas.sites import SiteKind
 
-
 MAX_TERMS = 64  # published deltas have 5; each is a product of matrices at every load
 
 

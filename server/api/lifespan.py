@@ -140,10 +140,15 @@ def _describe(info: BackboneInfo) -> Backbone:
     from transformers import AutoConfig  # seconds to import: not before the port is open
 
     from deltas.backbones import describe
+    from deltas.backbones.headless import without_absent_head
+    from deltas.weights import FrozenTensors
     from server.engine.tokenizer import Tokenizer
 
     config = AutoConfig.from_pretrained(info.folder, local_files_only=True)
-    return Backbone(info, describe(config, info.revision), Tokenizer(Path(info.folder)))
+    spec = describe(config, info.revision)
+    if spec.kind == "encoder":
+        spec = without_absent_head(spec, FrozenTensors(Path(info.folder)))
+    return Backbone(info, spec, Tokenizer(Path(info.folder)))
 
 
 async def keep_valkey(valkey: EmbeddedValkey, services: Services) -> None:

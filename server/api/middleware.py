@@ -74,8 +74,8 @@ class RequestScope:
     def _account(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         outcome = state.get("outcome") or _outcome(status)
         kind = state.get("kind", "other")
-        generates = kind in ("chat", "completion") and outcome == "ok"
-        self._services.metrics.request_done(kind, outcome, seconds if generates else None)
+        computes = kind in ("chat", "completion", "embedding", "classify") and outcome == "ok"
+        self._services.metrics.request_done(kind, outcome, seconds if computes else None)
         if status in (401, 403, 413, 429, 503):
             self._services.metrics.rejected(state.get("error_code", "unavailable"))
         log.info(

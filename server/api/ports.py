@@ -7,7 +7,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from server.types import BackboneInfo, DeltaRef, EngineStats, ProbeResult, SamplingParams, TokenEvent
+from server.types import (
+    BackboneInfo,
+    DeltaRef,
+    EngineStats,
+    ProbeResult,
+    SamplingParams,
+    TokenEvent,
+    Vector,
+)
 
 
 class Detokenizer(Protocol):
@@ -27,6 +35,8 @@ class Tokenizer(Protocol):
     def eos_token_ids(self) -> Sequence[int]: ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def encode_within(self, text: str, limit: int) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
@@ -69,6 +79,10 @@ class Engine(Protocol):
     def generate(
         self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
     ) -> AsyncGenerator[TokenEvent, None]: ...
+
+    async def encode(
+        self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str
+    ) -> list[Vector]: ...
 
     async def load(self, delta: DeltaRef) -> ProbeResult: ...
 

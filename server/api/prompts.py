@@ -24,6 +24,13 @@ async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = Tru
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
 
 
+async def encode_within(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
+    """A text's token ids, cut to ``limit``."""
+    if len(text) <= _INLINE_CHARS:
+        return tokenizer.encode_within(text, limit)
+    return await asyncio.to_thread(tokenizer.encode_within, text, limit)
+
+
 async def render(
     tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
 ) -> list[int]:

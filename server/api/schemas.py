@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 4096
 MAX_SEED = 2**63
+MAX_INPUTS = 2048  # of one request for embeddings or classes, as OpenAI has it
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -143,6 +144,21 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
+def listed_prompts(value: Any) -> Any:
+    """A text, a list of token ids, or a list of either, as a list of prompts. Raises ValueError for anything else."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("must be a string, a list of strings, a list of token ids, or a list of those")
+    if value and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        return [value]
+    if not value or not (
+        all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value)
+    ):
+        raise ValueError("must hold strings, token ids, or lists of token ids, and at least one")
+    return value
+
+
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
@@ -178,17 +194,7 @@ class CompletionRequest(GenerationRequest):
     @field_validator("prompt", mode="before")
     @classmethod
     def _prompts(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [value]
-        if not isinstance(value, list):
-            raise ValueError("must be a string, a list of strings, a list of token ids, or a list of those")
-        if value and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
-            return [value]
-        if not value or not (
-            all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value)
-        ):
-            raise ValueError("must hold strings, token ids, or lists of token ids, and at least one")
-        return value
+        return listed_prompts(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
@@ -200,6 +206,47 @@ class CompletionRequest(GenerationRequest):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("'max_tokens' may be 0 only with 'echo'")
         return self
+
+
+class EncodingRequest(Strict):
+    """What embeddings and classification share. ``input`` is normalised to a list of texts or of token id lists.
+
+    ``truncate_prompt_tokens`` (vLLM's) cuts longer inputs at their end; -1 means to the model's limit.
+    """
+
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    input: Annotated[list[str | list[TokenId]], Field(max_length=MAX_INPUTS)]
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _inputs(cls, value: Any) -> Any:
+        inputs = listed_prompts(value)
+        if any(len(item) == 0 for item in inputs):
+            raise ValueError("an input cannot be empty")
+        return inputs
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _some_tokens(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("must be -1 or at least 1")
+        return value
+
+
+class EmbeddingRequest(EncodingRequest):
+    """``POST /v1/embeddings``."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+
+class ClassifyRequest(EncodingRequest):
+    """``POST /classify``, as vLLM has it. ``use_activation`` false gives the head's outputs as they are."""
+
+    use_activation: bool | None = None
 
 
 class TokenizeRequest(Strict):

@@ -117,6 +117,7 @@ async def store(services: Services, caller: Principal, form: Form, folder: Path)
 
 
 def _record_fields(delta: Delta, backbone: str, rank: int | None, metadata: dict[str, str]) -> DeltaFields:
+    head = next((component.config for component in delta.components if component.method == "head"), None)
     return DeltaFields(
         digest=delta.digest,
         methods=delta.methods,
@@ -126,6 +127,8 @@ def _record_fields(delta: Delta, backbone: str, rank: int | None, metadata: dict
         bytes=delta.nbytes,
         rank=rank,
         sites=sorted({site for component in delta.components for site in component.sites()}),
+        task_kind=None if head is None else head["kind"],
+        labels=None if head is None else head["labels"],
         created_at=int(time.time()),
         metadata=metadata,
     )

@@ -269,7 +269,8 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
     whole = spec
     if encoder:
         spec = without_absent_head(spec, FrozenTensors(folder))
-    model, loaded = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(
+    auto: Any = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+    model, loaded = auto.from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,

@@ -14,6 +14,8 @@ from transformers.utils import logging as transformers_logging
 from deltas.errors import UnsupportedBackbone
 from deltas.ops import Mode, native
 from server.engine import backbone as backbones
+from server.engine.build_encoder import encoder_engine
+from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
 from server.engine.kv import SlotKV, token_bytes
 from server.engine.messages import Progress, Reply
@@ -28,7 +30,7 @@ CPU_KV_SHARE = 0.3  # of the memory that is free when the backbone is loaded
 GPU_KV_SHARE = 0.7
 
 
-def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine:
+def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | EncoderEngine:
     """Finds, checks and loads the backbone, and makes the engine around it.
 
     Raises :class:`server.errors.InvalidRequest` for settings that cannot work, before weights are read where possible.
@@ -56,6 +58,9 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine:
             f"--max-model-len {config.max_model_len} is beyond the backbone's {context} positions",
             param="max_model_len",
         )
+    if backbone.spec.kind == "encoder":
+        kernels.join()
+        return encoder_engine(config, backbone, send)
     capacity = config.max_model_len or context
     per_token = token_bytes(backbone.spec, dtype)
     kv_bytes = config.kv_bytes or _free_bytes(device)

@@ -170,7 +170,6 @@ class EngineClient:
             numbered = [(found[0], row) for found, row in zip(opened, rows, strict=True)]
             side.send(Encode(tenant, numbered, delta, head))
             vectors: list[Vector] = []
-            failed = True
             try:
                 for _, _, events in opened:
                     while not isinstance(event := await events.get(), Vector):

@@ -112,7 +112,7 @@ class EncoderRunner:
         finally:
             self.hooks.plan = self._body = None
             self._prompts = []
-        return list(hidden.split(lengths))
+        return list(torch.split(hidden, lengths))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, delta: PackedDelta | None, see: See = _as_it_is) -> Tensor | None:
@@ -139,7 +139,7 @@ class EncoderRunner:
         if all(row.early is None for row in rows):
             return embedded
         parts: list[Tensor] = []
-        for row, part in zip(rows, embedded.split(list(own)), strict=True):
+        for row, part in zip(rows, torch.split(embedded, list(own)), strict=True):
             parts += [part] if row.early is None else [row.early, part]
         return torch.cat(parts)
 

@@ -144,7 +144,9 @@ class EncoderEngine:
             case Cancel(row_id):
                 self.batcher.cancel(row_id)
             case Submit(id=row_id):
-                self._send(Failed(row_id, UnsupportedTask.code, "this backbone encodes; it does not generate"))
+                self._send(
+                    Failed(row_id, UnsupportedTask.code, "this backbone encodes; it does not generate")
+                )
             case Load():
                 self._loads.setdefault(request.delta.digest, []).append(request)
             case Drop(digest):

@@ -29,9 +29,7 @@ class EncoderProbe(AnyProbe[EncoderRunner]):
         del delta, given
         return Watch(Idle(), closely)
 
-    def _forward(
-        self, given: Given, delta: PackedDelta | None, watch: Watch | None
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, given: Given, delta: PackedDelta | None, watch: Watch | None) -> tuple[Tensor, Tensor]:
         def see(plan: Plan | None) -> Plan | None:
             return plan if watch is None else replace(watch, plan=plan or Idle())
 

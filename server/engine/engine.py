@@ -37,7 +37,14 @@ from server.engine.runner import Runner, StepOutput
 from server.engine.sampler import RowSampler, sample
 from server.engine.scheduler import Plan, PlannedRow, Scheduler
 from server.engine.sequence import Sequence
-from server.errors import DeltaRefused, DeltaserveError, InvalidComposition, Quarantined, RowFailed, UnsupportedTask
+from server.errors import (
+    DeltaRefused,
+    DeltaserveError,
+    InvalidComposition,
+    Quarantined,
+    RowFailed,
+    UnsupportedTask,
+)
 from server.types import BackboneInfo, EngineStats, FinishReason, TokenEvent, TokenLogprob
 
 log = structlog.get_logger(__name__)
@@ -146,7 +153,9 @@ class Engine:
                     self._close(seq)
             case Encode(rows=rows):
                 for row_id, _ in rows:
-                    self._send(Failed(row_id, UnsupportedTask.code, "this backbone generates; it does not encode"))
+                    self._send(
+                        Failed(row_id, UnsupportedTask.code, "this backbone generates; it does not encode")
+                    )
             case Load():
                 self._loads.setdefault(request.delta.digest, []).append(request)
             case Drop(digest):

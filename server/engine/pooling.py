@@ -92,4 +92,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _refused(why: str) -> InvalidRequest:
-    return InvalidRequest(f"the backbone's sentence-transformers files are not served: {why}", param="backbone")
+    return InvalidRequest(
+        f"the backbone's sentence-transformers files are not served: {why}", param="backbone"
+    )

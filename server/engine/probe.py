@@ -29,7 +29,7 @@ from deltas import heads
 from deltas.bank import Applied, PackedDelta, Placed
 from deltas.batch import Hooked, Plan, Segment
 from deltas.groups import SiteGroup, places
-from deltas.hooks import bias_of, weight_of
+from deltas.hooks import Hooks, bias_of, weight_of
 from deltas.inert import inert
 from deltas.ops import Ops
 from deltas.patches import EmbeddingLowRank, EmbeddingRows, Override
@@ -170,9 +170,7 @@ class AnyProbe(ABC, Generic[RunnerT]):
         """The delta's plan for these tokens, watched."""
 
     @abstractmethod
-    def _forward(
-        self, given: Given, delta: PackedDelta | None, watch: Watch | None
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, given: Given, delta: PackedDelta | None, watch: Watch | None) -> tuple[Tensor, Tensor]:
         """Last hidden states ``[tokens, hidden]`` and logits ``[n, vocab]``, by the path of a row alone in its step."""
 
     def _without(self, given: Given) -> Tensor:
@@ -273,9 +271,7 @@ class Probe(AnyProbe[Runner]):
         count = len(given.ids)
         return Watch(self.runner.ops.plan([Segment(0, count, delta)], count) or Idle(), closely)
 
-    def _forward(
-        self, given: Given, delta: PackedDelta | None, watch: Watch | None
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, given: Given, delta: PackedDelta | None, watch: Watch | None) -> tuple[Tensor, Tensor]:
         runner = self.runner
         prefix, shift = (0, 0) if delta is None else (delta.prefix_length, delta.shift)
         if delta is not None and delta.prefix is not None:

@@ -49,9 +49,9 @@ class RaggedAttention:
             rows = slice(start, stop)
             out[rows] = _attend(q[rows], k[rows], v[rows], scale)
         for length, index in self._same:
-            together = (len(index) // length, length)
-            parts = (t[index].unflatten(0, together).transpose(1, 2) for t in (q, k, v))
-            found = F.scaled_dot_product_attention(*parts, scale=scale)
+            shape = (len(index) // length, length, *q.shape[1:])
+            queries, keys, values = (t[index].view(shape).transpose(1, 2) for t in (q, k, v))
+            found = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
             out[index] = found.transpose(1, 2).flatten(0, 1)
         for start, stop, delta in self._alone:
             rows = slice(start, stop)

@@ -66,6 +66,25 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
+    def encode_within(self, text: str, limit: int) -> list[int]:
+        """As :meth:`encode`, but with at most ``limit`` tokens: the text's last ones go, the control tokens around it stay.
+
+        Raises InvalidRequest as :meth:`encode` does, and where the control tokens alone are more.
+        """
+        ids = self.encode(text)
+        around = self._fast.num_special_tokens_to_add(is_pair=False)
+        if len(ids) <= limit:
+            return ids
+        if limit <= around:
+            raise InvalidRequest(
+                f"a text of at most {limit} tokens has no room beside {around} control tokens",
+                param="truncate_prompt_tokens",
+            )
+        (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=False)
+        encoding.truncate(limit - around)
+        cut: list[int] = self._fast.post_process(encoding).ids
+        return cut
+
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``, U+FFFD where their bytes are not UTF-8. Ids of no token are left out."""
         pieces = self.detokenizer(skip_special_tokens)

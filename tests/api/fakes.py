@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import queue
+from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from server.types import (
     SamplingParams,
     TokenEvent,
     TokenLogprob,
+    Vector,
 )
 
 EOS = 256
@@ -63,6 +65,9 @@ class ByteTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
+
+    def encode_within(self, text: str, limit: int) -> list[int]:
+        return self.encode(text)[:limit]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         ids = token_ids
@@ -141,6 +146,11 @@ class FakeEngine:
 
     async def wait_ready(self) -> BackboneInfo:
         return INFO
+
+    async def encode(
+        self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str
+    ) -> list[Vector]:
+        return [Vector(array("f", [float(len(row)), 1.0]).tobytes()) for row in rows]
 
     async def load(self, delta: DeltaRef) -> ProbeResult:
         if self.load_failure is not None:

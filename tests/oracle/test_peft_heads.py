@@ -87,7 +87,7 @@ def assert_same(got: list[Tensor], wanted: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
-@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
 def test_heads_give_pefts_outputs(kind: str, family: str, task: str, tmp_path: Path) -> None:
     with quiet():
         model = peft.get_peft_model(task_model(BACKBONES / family, task), config(kind, family, task))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deltas.errors import UnsupportedDelta
 from deltas.formats.files import listed
-from deltas.formats.peft.reading import PREFIX, Reading
+from deltas.formats.peft.reading import PREFIX, SHARED, Reading
 from deltas.formats.sources import Own, Source
 
 _POOLER = "bert.pooler.dense"  # which PEFT does not save unless told to
@@ -35,7 +35,8 @@ def read_head(reading: Reading) -> None:
     found: dict[str, Source] = {}
     missing: list[str] = []
     for index, path in enumerate(layers):
-        weight, bias = (f"{PREFIX}{path}.{parameter}" for parameter in ("weight", "bias"))
+        prefix = SHARED if f"{SHARED}{path}.weight" in reading.left else PREFIX  # with a prompt nothing is wrapped
+        weight, bias = (f"{prefix}{path}.{parameter}" for parameter in ("weight", "bias"))
         if weight not in reading.left and path == _POOLER:
             width = reading.spec.hidden
             found |= {

@@ -114,7 +114,7 @@ def _tokens(reading: Reading, copies: int) -> int:
 def refuse_saved(reading: Reading) -> None:
     """PEFT never applies ``modules_to_save`` with prompts, but for a task's head."""
     names = reading.config.get("modules_to_save")
-    heads = {"classifier", "score"}
+    heads = {"classifier", "score", *(["pooler"] if reading.config.get("task_type") == "SEQ_CLS" else [])}
     if names and (not isinstance(names, list) or set(map(str, names)) - heads):
         raise UnsupportedDelta(
             f"modules_to_save is {shown(names)}; with a prompt PEFT applies none but a head",

@@ -67,8 +67,10 @@ def _inner(reading: Reading) -> None:
         if wrapper and parameter.endswith("bias"):
             reading.spare.add(reading.claim(key))
         path, wrapper, parameter = key.partition(_TRAINED)
-        if wrapper and f"{path}.{parameter}" in reading.header.tensors:
-            reading.repeats[reading.claim(key)] = f"{path}.{parameter}"
+        for inner in (parameter, parameter.partition(".")[2]):  # as it is, or after the adapter's name
+            if wrapper and f"{path}.{inner}" in reading.header.tensors:
+                reading.repeats[reading.claim(key)] = f"{path}.{inner}"
+                break
 
 
 def _demand(

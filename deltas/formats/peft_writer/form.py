@@ -14,7 +14,8 @@ from deltas.errors import UnsupportedDelta
 from deltas.sites import BackboneSpec, Site, SiteKind
 from deltas.weights import SiteWeights
 
-PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of a wrapped model's modules
+SHARED = "base_model."  # of a type's tensors that are no module's, and of the model beside a prompt
 
 # Modules that are no site may be called so too (BERT's pooler, RoBERTa's classifier), hence no target on its own.
 _VAGUE = frozenset({"dense"})

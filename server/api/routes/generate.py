@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api import chat, completions, models
+from server.api import chat, completions, kinds, models
 from server.api.auth import Caller, Served, authenticate
 from server.api.body import read_json
 from server.api.connection import EventStream, while_connected
@@ -36,7 +36,9 @@ async def chat_completions(request: Request, services: Served, caller: Caller) -
     request.state.kind = "chat"
     body = await read_json(request, ChatRequest)
     backbone = services.accept_work()
+    kinds.generates(backbone.spec, backbone.info.name)
     target = await models.resolve(services, backbone, caller, body.model)
+    kinds.without_head(target)
     rows = await chat.rows_for(body, backbone)
     generation = _generation(services, backbone, caller, target, started)
     answer = chat.ChatAnswer(body, rows, generation, _head(request, backbone, body, "chatcmpl"))
@@ -50,7 +52,9 @@ async def text_completions(request: Request, services: Served, caller: Caller) -
     request.state.kind = "completion"
     body = await read_json(request, CompletionRequest)
     backbone = services.accept_work()
+    kinds.generates(backbone.spec, backbone.info.name)
     target = await models.resolve(services, backbone, caller, body.model)
+    kinds.without_head(target)
     rows = await completions.rows_for(body, backbone)
     generation = _generation(services, backbone, caller, target, started)
     answer = completions.CompletionAnswer(body, rows, generation, _head(request, backbone, body, "cmpl"))

@@ -16,7 +16,7 @@ from deltas.backbones import describe
 from deltas.delta import Component, Delta
 from deltas.errors import UnsupportedDelta
 from deltas.formats import peft_writer
-from deltas.formats.peft_writer import entries, factors, transforms
+from deltas.formats.peft_writer import entries, factors, prompts, transforms
 from deltas.formats.peft_writer.form import Here, patterns, plain, targets
 from deltas.methods import METHODS
 from deltas.sites import BackboneSpec
@@ -218,6 +218,21 @@ def test_blocks_are_adjusted_as_peft_adjusts_them() -> None:
         for asked in range(1, 80):
             if width % asked:
                 assert transforms._adjusted(width, asked) == adjust(None, width, asked), (width, asked)
+
+
+@pytest.mark.parametrize("layers", [[1, 2, 3], [1, 2, 1, 2], [1, 2, 3, 4, 5], [1, 2, 3, 1, 2, 3]])
+def test_a_t5_s_slots_are_where_peft_looks_for_them(layers: list[int]) -> None:
+    slots = [torch.full((1, 1), float(value)) for layer in layers for value in (layer, -layer)]
+    folded = prompts._folded(slots)
+    repeated = folded + folded  # as PEFT does, before it gives decoder layer l the slots 4l and 4l + 1
+    for layer, value in enumerate(layers):
+        assert [float(slot) for slot in repeated[4 * layer : 4 * layer + 2]] == [value, -value]
+
+
+def test_a_t5_s_layers_that_peft_cannot_tell_apart_are_refused() -> None:
+    slots = [torch.full((1, 1), float(layer)) for layer in (1, 1, 2, 2, 3, 3, 2, 2)]
+    with pytest.raises(UnsupportedDelta, match="share one prefix"):
+        prompts._folded(slots)
 
 
 @pytest.mark.parametrize("sparsity", [0.99, 0.5, 0.123, 0.9999])

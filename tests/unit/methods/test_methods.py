@@ -58,8 +58,7 @@ def prompt(n: int) -> Component:
     return Component("prompt", {}, {"embeddings": draw(n, 8)})
 
 
-def test_the_methods_of_the_first_release() -> None:
-    assert sorted(METHODS) == ["bitfit", "bottleneck", "lora", "prompt"]
+def test_methods_are_listed_by_their_own_names() -> None:
     assert all(METHODS[name].name == name for name in METHODS)
 
 
@@ -153,7 +152,7 @@ def test_nothing_is_no_delta(spec: BackboneSpec) -> None:
         lora(Q, 0, 8, 8),
         bottleneck(OUT, 0),
         lora("norm", 2, 8, 8),
-        lora("embed", 2, 16, 8),
+        lora("embed", 2, 17, 8),
         lora(OUT, 2, 8, 8),
         lora("layers.2.attn.q", 2, 8, 8),
         bitfit(layers_0_attn_q=9),

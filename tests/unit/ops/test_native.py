@@ -393,7 +393,7 @@ def test_bfloat16_rounds_as_torch_does(kernels: native.Kernels) -> None:
     a = torch.where(a.abs() < 2.0**-100, 0.0, a)
     y = a[torch.randperm(1 << 16)].view(64, 1024).clone()
     shift = a[torch.randperm(1 << 16)[:1024]].clone()
-    line = [0, 64, 0, 0, 0, 0, shift.data_ptr(), 0, 1024, 0, 0]
+    line = [0, 64, 0, 0, 0, 0, 0, shift.data_ptr(), 0, 1024, 0, 0]
     want = (y.float() + shift.float()).to(torch.bfloat16)
     kernels.patch(np.array([line], dtype=np.int64), torch.zeros(64, 1).to(torch.bfloat16), y)
     assert torch.equal(y.isnan(), want.isnan())

@@ -1,0 +1,57 @@
+"""What a backbone and a delta are for: generating, or encoding; asking for the other is a clear error."""
+
+from __future__ import annotations
+
+from deltas.sites import BackboneSpec
+from server.api.models import Target
+from server.api.services import Backbone
+from server.errors import UnsupportedTask
+
+CLASSIFIES = ("classify", "regress")
+
+
+def generates(spec: BackboneSpec, name: str) -> None:
+    """Raises :class:`UnsupportedTask` for a backbone that does not generate text."""
+    if spec.kind == "encoder":
+        raise UnsupportedTask(
+            f"'{name}' is an encoder ({spec.family}) and does not generate text: use /v1/embeddings, or /classify "
+            "with a delta that has a task head."
+        )
+
+
+def encodes(backbone: Backbone) -> None:
+    """Raises :class:`UnsupportedTask` for a backbone that is no encoder."""
+    if backbone.spec.kind != "encoder":
+        raise UnsupportedTask(
+            f"'{backbone.info.name}' generates text ({backbone.spec.family}) and is no encoder: use /v1/completions "
+            "or /v1/chat/completions."
+        )
+
+
+def without_head(target: Target) -> None:
+    """Raises :class:`UnsupportedTask` for a delta whose task head a generated text would leave unused."""
+    for record in target.records:
+        if record.task_kind is not None:
+            raise UnsupportedTask(
+                f"The delta '{record.name}' brings a task head ({record.task_kind}) and does not generate text."
+            )
+
+
+def head_of(target: Target) -> tuple[str, list[str] | None]:
+    """The kind and the labels of the one head that classifies. Raises :class:`UnsupportedTask` where there is none."""
+    heads = [record for record in target.records if record.task_kind is not None]
+    if not heads:
+        raise UnsupportedTask(
+            f"'{target.model}' has no task head to classify with; a delta brings one (PEFT's SEQ_CLS, AdapterHub's "
+            "heads, the native method 'head')."
+        )
+    if len(heads) > 1:
+        names = ", ".join(record.name for record in heads)
+        raise UnsupportedTask(f"The deltas {names} bring a task head each; a sum can have one.")
+    (record,) = heads
+    if record.task_kind not in CLASSIFIES:
+        raise UnsupportedTask(
+            f"The head of '{record.name}' is for '{record.task_kind}', which gives an output for every token; "
+            f"here: {', '.join(CLASSIFIES)}."
+        )
+    return str(record.task_kind), record.labels

@@ -1,0 +1,86 @@
+"""Embeddings, OpenAI's way, and classification, vLLM's way, by an encoder."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+
+from server.api import encoding, kinds, models
+from server.api.auth import Caller, Served, authenticate
+from server.api.body import read_json
+from server.api.connection import while_connected
+from server.api.schemas import ClassifyRequest, EmbeddingRequest
+from server.api.services import Services
+from server.errors import InvalidRequest
+from server.types import Principal, Vector
+
+router = APIRouter(dependencies=[Depends(authenticate)])
+
+
+@router.post("/v1/embeddings")
+async def embeddings(request: Request, services: Served, caller: Caller) -> JSONResponse:
+    """One vector for each input, pooled as the backbone's sentence-transformers files say."""
+    request.state.kind = "embedding"
+    body = await read_json(request, EmbeddingRequest)
+    backbone = services.accept_work()
+    kinds.encodes(backbone)
+    target = await models.resolve(services, backbone, caller, body.model)
+    if body.dimensions is not None:
+        raise InvalidRequest("This model does not support specifying dimensions.", param="dimensions")
+    rows = await encoding.ids_of(body, backbone)
+    found = await _vectors(request, services, caller, rows, target, head=False)
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": encoding.embedding(vector, body.encoding_format),
+        }
+        for index, vector in enumerate(found)
+    ]
+    usage = _usage(rows)
+    return JSONResponse(
+        {"object": "list", "data": data, "model": body.model, "usage": usage}, headers=target.headers
+    )
+
+
+@router.post("/classify")
+async def classify(request: Request, services: Served, caller: Caller) -> JSONResponse:
+    """The labels' probabilities for each input, by the delta's task head."""
+    request.state.kind = "classify"
+    body = await read_json(request, ClassifyRequest)
+    backbone = services.accept_work()
+    kinds.encodes(backbone)
+    target = await models.resolve(services, backbone, caller, body.model)
+    kind, labels = kinds.head_of(target)
+    rows = await encoding.ids_of(body, backbone)
+    found = await _vectors(request, services, caller, rows, target, head=True)
+    answer = {
+        "id": f"classify-{request.state.request_id}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": body.model,
+        "data": [*encoding.classes(found, kind, labels, activate=body.use_activation is not False)],
+        "usage": _usage(rows) | {"completion_tokens": 0},
+    }
+    return JSONResponse(answer, headers=target.headers)
+
+
+async def _vectors(
+    request: Request,
+    services: Services,
+    caller: Principal,
+    rows: list[list[int]],
+    target: models.Target,
+    *,
+    head: bool,
+) -> list[Vector]:
+    work = encoding.vectors(services.engine, services.metrics, caller.tenant, rows, target.delta, head=head)
+    return await while_connected(request, services.state, work)
+
+
+def _usage(rows: list[list[int]]) -> dict[str, Any]:
+    tokens = sum(len(row) for row in rows)
+    return {"prompt_tokens": tokens, "total_tokens": tokens}

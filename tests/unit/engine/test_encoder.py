@@ -1,0 +1,343 @@
+"""The encoder's runner: packed rows of any length and kind, as Hugging Face's own model gives for each row alone."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertModel
+
+from deltas import heads, methods
+from deltas.bank import PackedDelta
+from deltas.delta import Component, Delta
+from deltas.errors import DeltaError
+from deltas.ops import Mode
+from deltas.pack import pack
+from deltas.weights import FrozenTensors
+from server.engine import backbone as backbones
+from server.engine.encoder import EncoderRow, EncoderRunner
+from server.engine.encoder_probe import EncoderProbe
+from server.engine.pooling import Embedder, read_embedder
+from server.errors import InvalidRequest
+from tests.deltas_of_every_kind import make, served
+from tests.oracle.padded import BACKBONES, PaddedRow, PaddedRunner
+
+FAMILIES = ("bert", "roberta")
+CLOSE = 1e-5
+CPU = torch.device("cpu")
+
+
+@cache
+def runner(family: str, mode: Mode = "native", dtype: torch.dtype = torch.float32) -> EncoderRunner:
+    return EncoderRunner(backbones.load(family, BACKBONES / family, CPU, dtype), mode)
+
+
+@cache
+def padded(family: str) -> PaddedRunner:
+    return PaddedRunner(family)
+
+
+def place(run: EncoderRunner, *parts: Delta) -> PackedDelta:
+    spec, weights = run.backbone.spec, FrozenTensors(run.backbone.folder)
+    return pack(methods.lower_sum([(part, 1.0) for part in parts], spec, weights), spec, run.backbone.dtype)
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    return torch.randint(3, 61, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return float((got.float() - wanted).abs().max() / wanted.abs().max())
+
+
+def prompts_and_prefixes(family: str) -> dict[str, Delta]:
+    """Virtual tokens of every sort, of different lengths."""
+    spec = runner(family).backbone.spec
+    found = {f"{kind} {seed}": make(spec, kind, seed) for kind in ("prompt", "prefix") for seed in (1, 2, 3)}
+    for seed, count in ((4, 2), (5, 7)):
+        drawn = torch.randn(count, spec.hidden, generator=torch.Generator().manual_seed(seed))
+        found[f"after the norm {seed}"] = Delta(
+            (Component("prompt", {"after_norm": True}, {"embeddings": drawn}),)
+        )
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backbone(family: str) -> None:
+    """No mask is built for packed rows; positions and token types are each row's own."""
+    run = runner(family)
+    own = AutoModelForMaskedLM.from_pretrained(BACKBONES / family).eval()
+    kinds = own.config.type_vocab_size
+    masks: list[Any] = []
+    attention = run.backbone.model.base_model.encoder.layer[0].attention.self
+    seen = attention.register_forward_pre_hook(
+        lambda _module, args, kwargs: masks.append(kwargs.get("attention_mask", args[1:2] or None)),
+        with_kwargs=True,
+    )
+    rows = [
+        EncoderRow(tokens(n, n), types=[t % kinds for t in tokens(n + 90, n)]) for n in (3, 20, 7, 7, 40, 1)
+    ]
+    got = run.run(rows)
+    seen.remove()
+    assert masks in ([None], [(None,)])
+    for row, hidden in zip(rows, got, strict=True):
+        with torch.no_grad():
+            given = {"token_type_ids": torch.tensor([row.types]), "output_hidden_states": True}
+            wanted = own(torch.tensor([row.ids]), **given)
+        assert error(hidden, wanted.hidden_states[-1][0]) < CLOSE
+        logits = run.logits(hidden, None)
+        assert logits is not None
+        assert error(logits, wanted.logits[0]) < CLOSE
+
+
+@pytest.mark.parametrize("mode", ["native", "dense", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_in_one_batch(family: str, mode: Mode) -> None:
+    """Each row as alone and padded, which is as the delta's library gives (the oracle tables)."""
+    run, alone = runner(family, mode), padded(family)
+    deltas = {name: make(run.backbone.spec, name, 7) for name in served(run.backbone.spec)}
+    deltas |= prompts_and_prefixes(family)
+    cases: list[tuple[str, Delta | None, int]] = [("base", None, n) for n in (3, 11, 30)]
+    cases += [(name, delta, 3 + (n * 7) % 29) for n, (name, delta) in enumerate(deltas.items())]
+    cases += [(name, delta, 5 + (n * 5) % 23) for n, (name, delta) in enumerate(deltas.items())]
+    random.Random(family).shuffle(cases)
+    packed = {name: place(run, delta) for name, delta in deltas.items()}
+    rows = [EncoderRow(tokens(i, n), packed.get(name)) for i, (name, _, n) in enumerate(cases)]
+    wanted = [
+        alone.logits([PaddedRow(row.ids, None if delta is None else alone.place(delta))])[0]
+        for row, (_, delta, _) in zip(rows, cases, strict=True)
+    ]
+    for row, hidden, want, (name, _, _) in zip(rows, run.run(rows), wanted, cases, strict=True):
+        before = 0 if row.prompt is None else len(row.prompt)
+        assert len(hidden) == before + len(row.ids)
+        logits = run.logits(hidden[before:], row.delta)
+        assert logits is not None
+        assert error(logits, want) < CLOSE, name
+
+
+def test_rows_of_one_delta_side_by_side_keep_apart() -> None:
+    """Gates read one row's tokens: two rows of a gated delta are no segment together."""
+    run = runner("bert")
+    delta = place(run, make(run.backbone.spec, "gated_lora", 3))
+    rows = [EncoderRow(tokens(n, n), delta) for n in (5, 5, 9)]
+    together = run.run(rows)
+    for row, hidden in zip(rows, together, strict=True):
+        assert error(hidden, run.run([row])[0]) < CLOSE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_near_float32(family: str) -> None:
+    run, truth = runner(family, "native", torch.bfloat16), runner(family)
+    names = [
+        name
+        for name in served(run.backbone.spec)
+        if name in ("lora", "bottleneck", "bitfit", "prefix", "head")
+    ]
+    deltas = {name: make(run.backbone.spec, name, 2, std=0.1) for name in names}
+    deltas |= {
+        name: delta for name, delta in prompts_and_prefixes(family).items() if name.endswith(("1", "4"))
+    }
+    ids = {name: tokens(n, 4 + 5 * n) for n, name in enumerate(deltas)}
+    low = run.run([EncoderRow(ids[name], place(run, delta)) for name, delta in deltas.items()])
+    high = truth.run([EncoderRow(ids[name], place(truth, delta)) for name, delta in deltas.items()])
+    for name, got, wanted in zip(deltas, low, high, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert error(got, wanted) < 0.05, name
+
+
+def test_a_poisoned_row_leaves_its_neighbours_bit_identical() -> None:
+    run = runner("bert")
+    spec = run.backbone.spec
+    poison = Delta((Component("bitfit", {}, {"layers.0.mlp.down/beta": torch.full((spec.hidden,), 3e38)}),))
+    other = place(run, make(spec, "lora", 1))
+    rows = [
+        EncoderRow(tokens(1, 9)),
+        EncoderRow(tokens(2, 9), place(run, poison)),
+        EncoderRow(tokens(3, 9), other),
+    ]
+    harmless = [rows[0], EncoderRow(rows[1].ids, place(run, make(spec, "bitfit", 1))), rows[2]]
+    got, wanted = run.run(rows), run.run(harmless)
+    assert not bool(torch.isfinite(got[1]).all())
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[2], wanted[2])
+
+
+# -- the probe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probe_of_every_kind(family: str) -> None:
+    run = runner(family)
+    probe = EncoderProbe(run)
+    for name in served(run.backbone.spec):
+        assert probe.run(place(run, make(run.backbone.spec, name, 5))).outcome == "changes", name
+    for name, delta in prompts_and_prefixes(family).items():
+        assert probe.run(place(run, delta)).outcome == "changes", name
+    assert run.hooks.plan is None
+
+
+def test_probe_finds_what_does_nothing_and_what_is_poison() -> None:
+    run = runner("bert")
+    probe, hidden = EncoderProbe(run), run.backbone.spec.hidden
+
+    def judged(site: str, value: float, width: int = hidden) -> str:
+        return probe.run(
+            place(run, Delta((Component("bitfit", {}, {f"{site}/beta": torch.full((width,), value)}),)))
+        ).outcome
+
+    assert judged("layers.0.mlp.down", 0.0) == "nothing"
+    assert judged("layers.0.mlp.down", 3e38) == "not_finite"
+    assert judged("layers.1.mlp.down", 0.5) == "changes"
+
+
+def test_probe_reaches_tables_of_positions_and_types() -> None:
+    run = runner("roberta")
+    spec, probe = run.backbone.spec, EncoderProbe(run)
+    for site in ("embed", "embed.positions", "embed.types"):
+        rows = spec.sites[site].in_features
+        where = torch.tensor([rows - 1])
+        tensors = {f"{site}/rows": torch.ones(1, spec.hidden), f"{site}/indices": where}
+        assert probe.run(place(run, Delta((Component("tokens", {}, tensors),)))).outcome == "changes", site
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+def bare_bert(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        initializer_range=0.3,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_without_a_head_has_no_sites_there(tmp_path: Path) -> None:
+    run = EncoderRunner(backbones.load("bare", bare_bert(tmp_path), CPU, torch.float32))
+    assert not [name for name in run.backbone.spec.sites if name.startswith("head")]
+    own = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    assert run.backbone.parameters == sum(p.numel() for p in own.parameters())
+    ids = tokens(1, 9)
+    (hidden,) = run.run([EncoderRow(ids)])
+    with torch.no_grad():
+        assert error(hidden, own(torch.tensor([ids])).last_hidden_state[0]) < CLOSE
+    assert run.logits(hidden, None) is None
+    with pytest.raises(DeltaError, match=r"head\.dense"):
+        place(run, Delta((Component("bitfit", {}, {"head.dense/beta": torch.ones(32)}),)))
+    assert EncoderProbe(run).run(place(run, make(run.backbone.spec, "lora", 1))).outcome == "changes"
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    bare_bert(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        backbones.BackboneError, match=r"lacks 1 weights .* bert\.encoder\.layer\.1\.output\.dense\.bias"
+    ):
+        backbones.load("bare", tmp_path, CPU, torch.float32)
+
+
+# -- pooling -------------------------------------------------------------------------------------------------------
+
+
+def sentence_files(
+    folder: Path, pooling: dict[str, object] | None, *, normalise: bool, longest: int | None = None
+) -> Path:
+    import json
+
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
+    if pooling is not None:
+        modules.append({"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"})
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    if normalise:
+        modules.append({"type": "sentence_transformers.models.Normalize", "path": "2_Normalize"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    if longest is not None:
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": longest}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pooling", "normalise", "wanted"),
+    [
+        (
+            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+            True,
+            Embedder(("mean",), True, 99),
+        ),
+        ({"pooling_mode_cls_token": True}, False, Embedder(("cls",), False, 99)),
+        (
+            {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
+            True,
+            Embedder(("cls", "max"), True, 99),
+        ),
+        ({"pooling_mode": "max", "embedding_dimension": 32}, False, Embedder(("max",), False, 99)),
+        ({"pooling_mode": ["mean", "cls"]}, False, Embedder(("mean", "cls"), False, 99)),
+        (None, True, Embedder(("mean",), True, 99)),
+    ],
+)
+def test_sentence_transformers_files(
+    pooling: dict[str, object] | None, normalise: bool, wanted: Embedder, tmp_path: Path
+) -> None:
+    assert read_embedder(sentence_files(tmp_path, pooling, normalise=normalise, longest=99)) == wanted
+
+
+def test_without_files_the_mean_and_no_norm(tmp_path: Path) -> None:
+    assert read_embedder(tmp_path) == Embedder(("mean",), False, None)
+
+
+@pytest.mark.parametrize("pooling", [{"pooling_mode_lasttoken": True}, {"pooling_mode": "weightedmean"}, {}])
+def test_other_pooling_is_refused(pooling: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="pooling is") as caught:
+        read_embedder(sentence_files(tmp_path, pooling, normalise=False))
+    assert caught.value.param == "backbone"
+
+
+def test_other_modules_are_refused(tmp_path: Path) -> None:
+    sentence_files(tmp_path, None, normalise=False)
+    (tmp_path / "modules.json").write_text(
+        '[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]'
+    )
+    with pytest.raises(InvalidRequest, match="Dense"):
+        read_embedder(tmp_path)
+
+
+def test_embedder() -> None:
+    hidden = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    joined = torch.cat([hidden[0], hidden.mean(0), hidden.max(0).values])
+    assert torch.allclose(Embedder(("cls", "mean", "max"))(hidden), joined)
+    assert torch.allclose(Embedder(("cls", "mean", "max"), True)(hidden), joined / joined.norm())
+
+
+def test_heads_of_different_sizes_in_one_batch() -> None:
+    """The head reads prompt tokens too, as the libraries' do."""
+    run, alone = runner("bert"), padded("bert")
+    spec = run.backbone.spec
+    deltas = []
+    for seed, (outputs, pooling) in enumerate([(2, "first"), (5, "mean"), (151, "last"), (1, "first")]):
+        drawn = torch.randn(outputs, spec.hidden, generator=torch.Generator().manual_seed(seed))
+        config = {"kind": "classify", "pooling": pooling, "activations": ["identity"], "labels": None}
+        body = make(spec, ["lora", "prompt", "bottleneck", "prefix"][seed], seed).components
+        deltas.append(Delta((*body, Component("head", config, {"layers.0/weight": drawn}))))
+    rows = [EncoderRow(tokens(n, 4 + 9 * n), place(run, delta)) for n, delta in enumerate(deltas)]
+    for row, hidden, delta in zip(rows, run.run(rows), deltas, strict=True):
+        assert row.delta is not None
+        assert row.delta.head is not None
+        wanted = alone.classes([PaddedRow(row.ids, alone.place(delta))])[0]
+        assert error(heads.apply(row.delta.head, hidden), wanted) < CLOSE
