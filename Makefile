@@ -6,7 +6,7 @@ CODE := server deltas deploy tests benchmarks
 export PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test check format lint types bench clean
+.PHONY: help venv serve test check format lint types mutants bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
@@ -38,6 +38,9 @@ check: lint types test ## what CI runs
 format: venv ## format the code, mend what ruff can
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
+
+mutants: venv ## break the code on purpose: every break must be noticed by a test
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: venv ## the benchmark behind the README's numbers
 	$(BIN)/python benchmarks/mixed_decode.py $(ARGS)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+LONGEST_FIELD = 512  # as long as a tensor's name may be
+
 
 class DeltaError(ValueError):
     """A delta, or a backbone, that cannot be used as asked.
 
-    ``field`` names what is wrong (a config key, a tensor, a file); the message says what to do about it.
+    ``field`` names what is wrong (a config key, a tensor, a file), cut to LONGEST_FIELD characters; the message says what
+    to do about it.
     """
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
-        self.field = field
+        self.field = field if field is None else field[:LONGEST_FIELD]
 
 
 class InvalidDelta(DeltaError):

@@ -104,8 +104,8 @@ def _plan(header: Header) -> Plan:
     parts = []
     for entry, source in zip(listed, sources, strict=True):
         if not isinstance(entry, dict) or set(entry) != {"method", "config"}:
-            raise InvalidDelta("a component has exactly a method and a config", field="components")
+            raise InvalidDelta("components: each has exactly a method and a config", field="components")
         if not isinstance(entry["method"], str) or not isinstance(entry["config"], dict):
-            raise InvalidDelta("a component's method is a name, its config an object", field="components")
+            raise InvalidDelta("components: a method is a name, its config an object", field="components")
         parts.append(PlannedComponent(entry["method"], entry["config"], source))
     return Plan("native", WEIGHTS, tuple(parts))

@@ -87,7 +87,7 @@ def _command(**given: Any) -> None:
         address = _address(settings.host, bound.getsockname()[1])
 
         def on_ready(backbone: Any) -> None:
-            typer.echo(banner(settings, address, backbone.info))
+            typer.echo(banner(settings, address, backbone.info, encoder=backbone.spec.kind == "encoder"))
 
         typer.echo(f"deltaserve listens on {address} and loads {settings.backbone}")
         try:
@@ -100,21 +100,24 @@ def _command(**given: Any) -> None:
         _fail(failure)
 
 
-def banner(settings: Settings, address: str, info: Any) -> str:
+def banner(settings: Settings, address: str, info: Any, *, encoder: bool = False) -> str:
     """What is printed once the server is ready: what it serves, where the key is, and a request to try."""
     if settings.admin_key is None:
         path = settings.data_dir / "admin.key"
         where, key = f"admin key: {path} (keep it to yourself)", f"$(cat {shlex.quote(str(path))})"
     else:
         where, key = "admin key: the one you gave", f"${ENV_PREFIX}ADMIN_KEY"
-    body = f'{{"model": "{info.name}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'
+    path, body = "chat/completions", '"messages": [{"role": "user", "content": "Say hello."}]'
+    if encoder:
+        path, body = "embeddings", '"input": "Say hello."'
+    body = f'{{"model": "{info.name}", {body}}}'
     return "\n".join(
         (
             f"ready: {info.name} ({info.parameters / 1e6:.0f} M parameters, {info.dtype}, {info.device}) "
             f"on {address}",
             where,
             "try:",
-            f'  curl {address}/v1/chat/completions -H "authorization: Bearer {key}" '
+            f'  curl {address}/v1/{path} -H "authorization: Bearer {key}" '
             f"-H 'content-type: application/json' -d {shlex.quote(body)}",
         )
     )

@@ -52,7 +52,6 @@ SERVED = (
     "qwen3",
     "roberta",
 )
-ENCODERS = ("bert", "roberta")
 
 
 class BackboneError(InvalidRequest):

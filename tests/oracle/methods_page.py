@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from deltas.backbones import describe
+from deltas import backbones
 from deltas.formats import peft, peft_writer
 from deltas.methods import METHODS
 from deltas.sites import BackboneSpec
@@ -58,6 +58,9 @@ def _matrix(cells: list[Cell]) -> Iterator[str]:
             }
             row.append(" ".join(library[0].upper() for library in LIBRARIES if library in served) or "-")
         yield f"| [`{name}`](#{_anchor(name)}) | {' | '.join(row)} |"
+    others = [f"`{family}`" for family in backbones.families() if family not in FAMILIES]
+    yield ""
+    yield f"Other decoders are held to PEFT in `tests/oracle/test_peft_decoders.py`: {', '.join(others)}."
 
 
 def _methods(cells: list[Cell]) -> Iterator[str]:
@@ -161,7 +164,9 @@ def _written() -> Iterator[str]:
 
 
 def _sites() -> Iterator[str]:
-    specs = {name: describe(AutoConfig.from_pretrained(BACKBONES / name), "page") for name in FAMILIES}
+    specs = {
+        name: backbones.describe(AutoConfig.from_pretrained(BACKBONES / name), "page") for name in FAMILIES
+    }
     flat = {name: _paths(spec) for name, spec in specs.items() if name != "t5"}
     yield f"| site | kind | {' | '.join(NAMES[name] for name in flat)} |"
     yield "|---|---|" + "---|" * len(flat)

@@ -15,14 +15,18 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
+from deltas.backbones import describe
 from deltas.delta import Component, Delta
 from deltas.formats import DeltaFiles, peft_writer, read
 from deltas.sites import BackboneSpec
+from deltas.weights import FrozenTensors
+from tests.oracle import test_peft_decoders
 from tests.oracle.padded import BACKBONES, PaddedRow, PaddedRunner
 from tests.oracle.peft_reference import quiet, randomise
 from tests.oracle.peft_table import (
@@ -38,6 +42,7 @@ from tests.oracle.peft_table import (
     save_delta,
 )
 from tests.oracle.table import PEFT_HEADED, PEFT_HEADS, peft_methods
+from tests.unit.backbones import tiny
 
 TOLERANCE = 1e-5
 # What differs by family is how modules are called and stored: beside a case of each type, these.
@@ -206,19 +211,32 @@ CLASSES: Mapping[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("task", PEFT_HEADS.values())
-@pytest.mark.parametrize("family", PEFT_HEADED)
-def test_heads_come_along(family: str, task: str, tmp_path: Path) -> None:
+def tuned(kind: str, family: str, task: str) -> peft.PeftConfig:
+    if kind == "prompt":
+        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
+    return peft.LoraConfig(
+        task_type=task,
+        target_modules=list(FAMILIES[family].query_value),
+        modules_to_save=["bert.pooler.dense"] if (family, task) == ("bert", "SEQ_CLS") else None,
+        fan_in_fan_out=family == "gpt2",
+    )
+
+
+WITH_HEADS = [
+    (kind, family, task)
+    for kind in ("lora", "prompt")
+    for family in PEFT_HEADED
+    for task in PEFT_HEADS.values()
+    if (kind, family, task)
+    != ("prompt", "bert", "SEQ_CLS")  # PEFT does not save BERT's pooler beside a prompt
+]
+
+
+@pytest.mark.parametrize(("kind", "family", "task"), WITH_HEADS)
+def test_heads_come_along(kind: str, family: str, task: str, tmp_path: Path) -> None:
     """PEFT's answers are ours, and those of what we write."""
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     ours.mkdir()
-    pooled = ["bert.pooler.dense"] if (family, task) == ("bert", "SEQ_CLS") else None
-    config = peft.LoraConfig(
-        task_type=task,
-        target_modules=list(FAMILIES[family].query_value),
-        modules_to_save=pooled,
-        fan_in_fan_out=family == "gpt2",
-    )
 
     def classifier(seed: int) -> PreTrainedModel:
         """Its head is random, by the seed, until a delta brings another."""
@@ -229,12 +247,12 @@ def test_heads_come_along(family: str, task: str, tmp_path: Path) -> None:
         return model.eval()
 
     with quiet():
-        before = peft.get_peft_model(classifier(0), config)
+        before = peft.get_peft_model(classifier(0), tuned(kind, family, task))
         randomise(before, {})
         before.eval().save_pretrained(theirs)
     backbone = runner(family)
     delta = read(upload(theirs), backbone.spec, backbone.weights)
-    assert delta.methods == ["lora", "head"]
+    assert delta.methods == [kind, "head"]
     peft_writer.save(delta, backbone.spec, ours, source=backbone.weights)
     after = load(classifier(1), ours)
     for ids in ([5, 9, 33, 2, 17], [44, 3]):
@@ -244,6 +262,24 @@ def test_heads_come_along(family: str, task: str, tmp_path: Path) -> None:
         (ours_too,) = backbone.classes([PaddedRow(ids, backbone.place(delta))])
         assert ours_too.shape == wanted.shape
         assert_same(ours_too, wanted)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "opt", "qwen3"])
+def test_other_decoders(name: str, tmp_path: Path) -> None:
+    """Names of modules, fused or not, and embeddings that multiply."""
+    folder = tiny.save(name, tmp_path)
+    frozen = FrozenTensors(folder)
+    spec = describe(AutoConfig.from_pretrained(folder), "oracle")
+    for index, (case, config) in enumerate(test_peft_decoders.configs(name).items()):
+        theirs, ours = tmp_path / case, tmp_path / f"{case} again"
+        ours.mkdir()
+        before = test_peft_decoders.saved(theirs, config, folder, index)
+        delta = read(upload(theirs), spec, frozen)
+        peft_writer.save(delta, spec, ours, source=frozen)
+        after = load(test_peft_decoders.stock(folder), ours)
+        for row in ROWS:
+            assert_same(logits(after, row), logits(before, row))
+        assert read(upload(ours), spec, frozen).digest == delta.digest, case
 
 
 def test_the_config_says_what_a_reader_wants_to_know(tmp_path: Path) -> None:

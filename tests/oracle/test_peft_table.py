@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftType
+from peft import BOFTConfig, PeftType
+from peft.tuners.boft import layer as boft_layer
+from safetensors.torch import load_file
+from torch import Tensor
 
 from deltas.errors import DeltaError
 from deltas.formats import DeltaFiles, read
@@ -50,6 +53,10 @@ def upload(folder: Path) -> DeltaFiles:
     ("case", "family"), CELLS, ids=[f"{case.name}-{family.name}" for case, family in CELLS]
 )
 def test_gives_pefts_logits(case: Case, family: Family, tmp_path: Path) -> None:
+    compare(case, family, tmp_path)
+
+
+def compare(case: Case, family: Family, tmp_path: Path) -> None:
     save_delta(case, family, tmp_path, seed=1)
     model, ours = load_delta(family, tmp_path), runner(family.name)
     delta = read(upload(tmp_path), ours.spec, ours.weights)
@@ -61,6 +68,31 @@ def test_gives_pefts_logits(case: Case, family: Family, tmp_path: Path) -> None:
         largest = float(wanted.abs().max())
         assert float((got - wanted).abs().max()) <= TOLERANCE * largest
         assert float((own - wanted).abs().max()) >= MATTERS * largest
+
+
+class Extension:
+    """BOFT's CUDA extension, without which PEFT makes one factor: blocks ``[factors, n, m, m]`` on the diagonal."""
+
+    @staticmethod
+    def forward(blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*part) for part in blocks])]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("factors", [2, 3])
+def test_butterfly_factors(
+    factors: int, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: Extension)
+
+    def make(family: Family) -> BOFTConfig:
+        return BOFTConfig(
+            boft_block_size=4, boft_n_butterfly_factor=factors, target_modules=list(family.query_value)
+        )
+
+    compare(Case("butterfly", "BOFT", make), FAMILIES[family], tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {len(tensor) for key, tensor in tensors.items() if "boft_R" in key} == {factors}
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)

@@ -76,6 +76,9 @@ def test_banner_names_key_and_request(tmp_path: Path) -> None:
     assert str(folder / "admin.key") in text
     assert f"$(cat '{folder}/admin.key')" in text
     assert INFO.name in text
+    encoder = banner(Settings(data_dir=folder), "http://127.0.0.1:8000", INFO, encoder=True)
+    assert "/v1/embeddings" in encoder
+    assert "chat" not in encoder
     given = banner(Settings(admin_key="secret"), "http://127.0.0.1:8000", INFO)
     assert "secret" not in given
 

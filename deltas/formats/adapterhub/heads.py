@@ -63,6 +63,7 @@ _STATIC = {
     "LlamaForSequenceClassification": ("classify", "last", {"score": "identity"}),
     "LlamaForTokenClassification": ("tag", "none", {"score": "identity"}),
 }
+_WITHOUT_BIAS = frozenset({"GPT2ForSequenceClassification", "LlamaForSequenceClassification"})
 
 
 def check_copies(files: DeltaFiles, frozen: Frozen | None) -> None:
@@ -132,9 +133,11 @@ def _static(outer: Mapping[str, Any], header: Header) -> PlannedComponent:
     kind, pooling, modules = known
     sources: dict[str, Source] = {}
     for j, module in enumerate(modules):
-        for parameter in ("weight", "bias"):
-            if f"{module}.{parameter}" in header.tensors:
-                sources[f"layers.{j}/{parameter}"] = f"{module}.{parameter}"
+        for parameter in ("weight",) if outer["model_class"] in _WITHOUT_BIAS else ("weight", "bias"):
+            key = f"{module}.{parameter}"
+            if key not in header.tensors:
+                raise InvalidDelta(f"the head's file lacks {shown(key)}", field=key)
+            sources[f"layers.{j}/{parameter}"] = key
     config = {
         "kind": "regress" if kind == "classify" and outer.get("num_labels") == 1 else kind,
         "pooling": pooling,

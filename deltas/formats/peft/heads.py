@@ -35,7 +35,9 @@ def read_head(reading: Reading) -> None:
     found: dict[str, Source] = {}
     missing: list[str] = []
     for index, path in enumerate(layers):
-        prefix = SHARED if f"{SHARED}{path}.weight" in reading.left else PREFIX  # with a prompt nothing is wrapped
+        prefix = (
+            SHARED if f"{SHARED}{path}.weight" in reading.left else PREFIX
+        )  # with a prompt nothing is wrapped
         weight, bias = (f"{prefix}{path}.{parameter}" for parameter in ("weight", "bias"))
         if weight not in reading.left and path == _POOLER:
             width = reading.spec.hidden

@@ -133,13 +133,18 @@ def miss(reading: Reading) -> None:
     modules = tuned(reading, {"miss_block": "block"})
     variant = reading.config.get("init_weights", True)
     reading.hold((module.keys["block"] for module in modules), 1 if variant == "bat" else 0, "r", 64)
+    rank = whole(reading.config.get("r", 64), "r", 1)
     for module in modules:
         shape = reading.shape(module.keys["block"])
-        narrow = len(shape) == 2 and shape[1] != module.site.out_features
-        if (len(shape) == 3) != (variant == "bat") or (narrow and variant != "mini"):
+        expected: tuple[object, ...] = (rank, module.site.out_features)
+        if variant == "bat":
+            expected = (module.site.out_features // rank, rank, rank)
+        elif variant == "mini":
+            expected = (rank, reading.config.get("mini_r", 1))
+        if shape != expected:
             raise InvalidDelta(
-                f"{module.keys['block']!r} has shape {list(shape)}, which is not that of init_weights {variant!r}",
-                field="init_weights",
+                f"{module.keys['block']!r} has shape {list(shape)}, the config gives it {list(expected)}",
+                field="r" if shape[:1] != expected[:1] else "init_weights",
             )
     reading.add("miss", {}, sources(modules))
 
@@ -185,6 +190,8 @@ def tinylora(reading: Reading) -> None:
     names = {"tinylora_A": "A", "tinylora_B": "B"} | ({"tinylora_P": "P"} if saved else {})
     modules = tuned(reading, names, _BOTH)
     tying = number(reading.config.get("weight_tying", 0.0), "weight_tying")
+    if not 0 <= tying <= 1:
+        raise InvalidDelta("weight_tying must be from 0 to 1", field="weight_tying")
     seed = whole(reading.config.get("projection_seed", 42), "projection_seed")
     groups = max(1, round(len(modules) * (1.0 - tying)))
     size = max(1, len(modules) // groups)
@@ -210,8 +217,8 @@ def gralora(reading: Reading) -> None:
     modules = tuned(reading, {**names, **general} if hybrid else names)
     for module in modules:
         shape = reading.shape(module.keys["A"])
-        other = reading.shape(module.keys["general_A"])[0] if hybrid else 0
-        if shape[-1:] != (rank,) or other != hybrid:
+        other = reading.shape(module.keys["general_A"])[:1] if hybrid else (0,)
+        if shape[-1:] != (rank,) or other != (hybrid,):
             raise InvalidDelta(
                 f"{module.keys['A']!r} has shape {list(shape)}, but r is {rank} and hybrid_r {hybrid}",
                 field="r",

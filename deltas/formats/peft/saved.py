@@ -163,6 +163,10 @@ def trainable_tokens(reading: Reading) -> None:
     indices = _indices(reading.config.get("token_indices"), "token_indices")
     keys = {split[0]: key for key in reading.left if (split := split_key(key, (_TOKENS,)))}
     own = [path for path in keys if _is_input(reading, path)]
+    embed = reading.spec.sites["embed"].path
+    if reading.spec.tied and not own and embed != "shared" and keys.keys() & _followers(reading).keys():
+        missing = f"{PREFIX}{embed}.{_TOKENS}"
+        raise InvalidDelta(f"{reading.file}: missing tensors: {listed([missing])}", field=missing)
     if reading.spec.tied and own:
         first = keys.pop(own[0])
         for path, key in list(keys.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deltas.errors import InvalidDelta
+from deltas.formats.header import shown
 from deltas.formats.peft.keys import Keys, biases, tuner
 from deltas.formats.peft.low_rank import tuned
 from deltas.formats.peft.reading import Reading, sources
@@ -60,12 +61,31 @@ def boft(reading: Reading) -> None:
     modules = tuned(reading, {"boft_R": "R", "boft_s": "s"})
     found: dict[str, Source] = sources(modules)
     found |= {f"{module.site.name}/s": Derived(module.keys["s"], shape=(-1,)) for module in modules}
+    factors = whole(reading.config.get("boft_n_butterfly_factor", 1), "boft_n_butterfly_factor", 1)
+    for module in modules:
+        shape = reading.shape(module.keys["R"])
+        if shape[:1] not in (
+            (1,),
+            (factors,),
+        ):  # where PEFT had no compiler, it made one whatever the config says
+            raise InvalidDelta(
+                f"{shown(module.keys['R'])} has shape {list(shape)}, but boft_n_butterfly_factor is {factors}",
+                field="boft_n_butterfly_factor",
+            )
     reading.add("boft", {}, found)
 
 
 def hra(reading: Reading) -> None:
     config = {"orthogonal": bool(reading.config.get("apply_GS", False))}
-    reading.add("hra", config, sources(tuned(reading, {"hra_u": "u"})))
+    modules = tuned(reading, {"hra_u": "u"})
+    rank = whole(reading.config.get("r", 8), "r", 1)
+    for module in modules:
+        shape = reading.shape(module.keys["u"])
+        if shape[1:] != (rank,):
+            raise InvalidDelta(
+                f"{shown(module.keys['u'])} has shape {list(shape)}, but r is {rank}", field="r"
+            )
+    reading.add("hra", config, sources(modules))
 
 
 def road(reading: Reading) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from deltas.errors import InvalidDelta
+from deltas.formats.files import listed
+from deltas.formats.header import shown
 from deltas.formats.patterns import Patterns
 from deltas.formats.peft.keys import Keys, biases, tuner
 from deltas.formats.peft.low_rank import demand_shared, tuned
@@ -181,6 +183,19 @@ def glora(reading: Reading) -> None:
     modules = reading.wrapped(names, (SiteKind.LINEAR,))
     reading.demand(modules, {})
     check_targets(reading.config.get("target_modules"), [module.path for module in modules])
+    saved = {"lora": {"Xd", "Xu"}, "vector": {"X"}, "constant": {"X"}}
+    options = {"AB": ("config_A_B", "lora"), "C": ("config_C", "lora"), "DE": ("config_D_E", "constant")}
+    for module in modules:
+        for paths, (option, default) in options.items():
+            chosen = str(reading.config.get(option, default)) if paths == "AB" or module.site.bias else "none"
+            for path in paths:
+                has = {key.rpartition(".")[2] for name, key in module.keys.items() if name[0] == path}
+                if has != saved.get(chosen, {"zeros"}):
+                    raise InvalidDelta(
+                        f"{module.path}: the tensors of glora_{path} are {listed(sorted(has))}, which is not "
+                        f"what {option} {shown(chosen)} has",
+                        field=option,
+                    )
     reading.add("glora", {}, sources(modules))
 
 

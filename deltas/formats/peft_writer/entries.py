@@ -11,6 +11,7 @@ from torch import Tensor
 from deltas.delta import Component
 from deltas.errors import UnsupportedDelta
 from deltas.formats.peft_writer.form import (
+    SHARED,
     Form,
     Here,
     Modules,
@@ -165,7 +166,7 @@ def unilora(component: Component, weights: SiteWeights) -> Form:
     """By its indices; one that a seed deals out must go to its sites in the order in which PEFT meets them."""
     spec, config, modules = weights.spec, component.config, Modules()
     theta = component.tensors["theta"]
-    modules.tensors["base_model.unilora_theta_d"] = theta
+    modules.tensors[f"{SHARED}unilora_theta_d"] = theta
     if config:
         ordered = [name for name in spec.sites if name in set(config["sites"])]
         if ordered != config["sites"]:
@@ -200,7 +201,7 @@ def tinylora(component: Component, weights: SiteWeights) -> Form:
     for index, here in enumerate(sites):
         names = [name for name in ("A", "B", "P") if name in here.tensors]
         modules.add(here.path, {f"tinylora_{name}": here.tensors[name] for name in names})
-        modules.tensors[f"base_model.tinylora_v.{index}"] = here.tensors["v"]
+        modules.tensors[f"{SHARED}tinylora_v.{index}"] = here.tensors["v"]
         if not saved and seeds[here.site.name] != first + index:
             raise UnsupportedDelta("its seeds do not count up by one from site to site, as PEFT's do")
     return modules.form(

@@ -11,6 +11,7 @@ from deltas.delta import Component
 from deltas.errors import UnsupportedDelta
 from deltas.formats.peft_writer.form import (
     PREFIX,
+    SHARED,
     Form,
     Here,
     Modules,
@@ -66,8 +67,8 @@ def vera(component: Component, weights: SiteWeights) -> Form:
     rows = alike((here.size("d") for here in sites), "rank")
     if seed is None:
         wide, tall = _widest(sites)
-        modules.tensors[f"base_model.{name}_A"] = component.tensors["A"][:, :wide]
-        modules.tensors[f"base_model.{name}_B"] = component.tensors["B"][:tall]
+        modules.tensors[f"{SHARED}{name}_A"] = component.tensors["A"][:, :wide]
+        modules.tensors[f"{SHARED}{name}_B"] = component.tensors["B"][:tall]
     return modules.form(
         name.upper(),
         {
@@ -204,7 +205,7 @@ def randlora(component: Component, weights: SiteWeights) -> Form:
     if seed is None:
         for name in ("A", "B"):
             for start in (
-                "base_model.",
+                SHARED,
                 *(f"{PREFIX}{path}." for path in modules.paths),
             ):  # PEFT repeats them
                 modules.tensors[f"{start}randlora_{name}"] = component.tensors[name]
@@ -233,7 +234,7 @@ def vblora(component: Component, weights: SiteWeights) -> Form:
             parameters[names[kind].format(factor)] = tensor
         modules.add(here.path, parameters)
     bank = component.tensors["bank"]
-    modules.tensors["base_model.vblora_vector_bank"] = bank
+    modules.tensors[f"{SHARED}vblora_vector_bank"] = bank
     kinds = {name.partition("_")[0] for here in sites for name in here.tensors}
     if "logits" in kinds and len(kinds) > 1:
         raise UnsupportedDelta("some of its mixtures are logits, others weights; PEFT has one or the other")

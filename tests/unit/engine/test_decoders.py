@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from deltas import methods
+from deltas.backbones import describe
 from deltas.delta import Component, Delta
+from deltas.errors import UnsupportedDelta
 from deltas.ops import Mode
 from deltas.sites import BackboneSpec, SiteKind
-from server.engine.backbone import ENCODERS, SERVED
+from server.engine.backbone import SERVED
 from server.engine.probe import Probe
 from tests.oracle.rows import Row, generate, make_runner, place, same
 from tests.unit.backbones import tiny
@@ -192,7 +195,20 @@ def test_the_probe_sees_every_delta_act(stock: Stock) -> None:
         assert probe.run(place(runner, delta)).outcome == "changes", name
 
 
-def test_every_decoder_that_is_served_is_here() -> None:
+def test_no_invertible_adapter_behind_embeddings_that_are_scaled() -> None:
+    """It changes what the embedding gives; the hook is before the factor."""
+    draw, tensors = Draw(1), {}
+    for half in "fg":
+        tensors |= {f"embed/{half}_down": draw(4, 16), f"embed/{half}_down_bias": draw(4)}
+        tensors |= {f"embed/{half}_up": draw(16, 4), f"embed/{half}_up_bias": draw(16)}
+    delta = Delta((Component("invertible", {"activation": "relu"}, tensors),))
+    specs = {name: describe(tiny.CONFIGS[name](), "r1") for name in ("gemma", "mistral")}
+    methods.check(delta, specs["mistral"])
+    with pytest.raises(UnsupportedDelta, match="scaled") as caught:
+        methods.check(delta, specs["gemma"])
+    assert caught.value.field == "embed"
+
+
+def test_every_family_is_served() -> None:
     assert set(MODULES) == {tiny.family_of(name) for name in tiny.CONFIGS}
-    elsewhere = {"gpt2", "llama", *ENCODERS}  # which have tests of their own
-    assert set(SERVED) == set(MODULES) | elsewhere
+    assert set(MODULES) <= set(SERVED)

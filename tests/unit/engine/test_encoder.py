@@ -236,7 +236,8 @@ def test_a_checkpoint_without_a_head_has_no_sites_there(tmp_path: Path) -> None:
     assert run.logits(hidden, None) is None
     with pytest.raises(DeltaError, match=r"head\.dense"):
         place(run, Delta((Component("bitfit", {}, {"head.dense/beta": torch.ones(32)}),)))
-    assert EncoderProbe(run).run(place(run, make(run.backbone.spec, "lora", 1))).outcome == "changes"
+    shift = Delta((Component("bitfit", {}, {"layers.1.mlp.down/beta": torch.ones(32)}),))
+    assert EncoderProbe(run).run(place(run, shift)).outcome == "changes"
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from deltas.delta import Component, Delta
 from deltas.hooks import weight_of
 from deltas.ops import Mode, placed
 from deltas.pack import pack
-from deltas.patches import Override
+from deltas.patches import DenseDiff
 from deltas.sites import SiteKind
 from deltas.weights import FrozenTensors
 from server.engine.messages import Load
@@ -217,11 +217,11 @@ def test_a_site_that_is_never_reached_is_a_refusal(runner: Runner) -> None:
 
 
 def test_a_step_that_cannot_be_computed_is_a_refusal(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    delta = place(runner, one("override", {"norm/weight": torch.ones(64)}))
+    delta = place(runner, one("dense", {"norm/matrix": torch.ones(64)}))
     apply = placed.apply
 
     def broken(step: placed.Placed, *given: object) -> None:
-        if isinstance(step.patch, Override):
+        if isinstance(step.patch, DenseDiff):
             raise RuntimeError("no such kernel")
         apply(step, *given)  # type: ignore[arg-type]
 

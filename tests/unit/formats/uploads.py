@@ -52,11 +52,6 @@ class Upload:
     def json_files(self) -> list[str]:
         return sorted(name for name in self.files if name.endswith(".json"))
 
-    def but(self, **changed: bytes | None) -> Upload:
-        """With other bytes in some files, or without some; ``__`` in a name stands for its dot."""
-        files = dict(self.files) | {name.replace("__", "."): data for name, data in changed.items()}
-        return replace(self, files={name: data for name, data in files.items() if data is not None})
-
     def with_file(self, name: str, data: bytes) -> Upload:
         return replace(self, files={**self.files, name: data})
 
@@ -80,14 +75,14 @@ def frozen_of(family: str) -> FrozenTensors:
     return FrozenTensors(BACKBONES / family)
 
 
-def in_folder(name: str, family: str, folder: Path) -> Upload:
-    """The files of a folder, those in folders within it by relative names."""
+def in_folder(name: str, family: str, folder: Path, *, pickled: bool = False) -> Upload:
+    """The files of a folder, those in folders within it by relative names; ``pickled`` ones as they are."""
     files: dict[str, bytes] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not path.parent.name.startswith("converted-"):  # of a test that runs beside
             relative = path.relative_to(folder).as_posix()
             parent, _, last = relative.rpartition("/")
-            if last in _TWINS:
+            if last in _TWINS and not pickled:
                 files[f"{parent}/{_TWINS[last]}".lstrip("/")] = unpickled(path.read_bytes())
             else:
                 files[relative] = path.read_bytes()
@@ -100,11 +95,16 @@ def unpickled(data: bytes) -> bytes:
     return save({key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()})
 
 
-def peft_uploads(families: tuple[str, ...]) -> Iterator[Upload]:
+def peft_uploads(families: tuple[str, ...], *, one_of_each: bool = False) -> Iterator[Upload]:
+    """PEFT's cases, or the first of each of its types."""
     from tests.oracle.peft_reference import FAMILIES, save_delta  # imports PEFT
     from tests.oracle.peft_table import CASES
 
+    kinds: set[str] = set()
     for case in CASES:
+        if one_of_each and case.kind in kinds:
+            continue
+        kinds.add(case.kind)
         for family in families:
             if family in case.families:
                 with TemporaryDirectory() as folder:
@@ -113,11 +113,13 @@ def peft_uploads(families: tuple[str, ...]) -> Iterator[Upload]:
                 yield replace(made, files={n: d for n, d in made.files.items() if n != "README.md"})
 
 
-def fixture_uploads(table: str, families: tuple[str, ...]) -> Iterator[Upload]:
+def fixture_uploads(table: str, families: tuple[str, ...], *, pickled: bool = False) -> Iterator[Upload]:
+    """What another library made: a table's cases for these families."""
     for family in families:
         for folder in sorted((FIXTURES / table).joinpath(family).iterdir()):
             if folder.is_dir():
-                yield in_folder(f"{table.partition('_')[0]}/{folder.name}/{family}", family, folder)
+                name = f"{table.partition('_')[0]}/{folder.name}/{family}"
+                yield in_folder(name, family, folder, pickled=pickled)
 
 
 def native_twin(upload: Upload, folder: Path) -> Upload:
