@@ -194,10 +194,9 @@ def _join(first: Patch, second: Patch) -> list[Patch]:
             raise UnsupportedDelta(
                 f"two prefixes at {first.site} that place the row's own tokens differently", field=first.site
             )
-        case KVPrefix(), KVPrefix() if not (first.shifts_positions and second.shifts_positions):
-            shifts = first.shifts_positions or second.shifts_positions
-            if shifts:
-                return [first, second]
+        case KVPrefix(), KVPrefix():
+            if first.shifts_positions or second.shifts_positions:
+                return [first, second]  # whether both do is for _check_positions
             keys, values = torch.cat([first.keys, second.keys]), torch.cat([first.values, second.values])
             return [replace(first, keys=keys, values=values)]
         case _:

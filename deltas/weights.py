@@ -34,6 +34,10 @@ _TIED = {
 }
 
 
+# How the first BERTs, bert-base-uncased among them, name the parameters of their norms; transformers reads both.
+_OLD_NAMES = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+
+
 class FrozenTensors:
     """Tensors of a folder in Hugging Face's layout, by state-dict key. Nothing is read before one is asked for."""
 
@@ -53,7 +57,8 @@ class FrozenTensors:
 
     def __call__(self, key: str) -> Tensor | None:
         """The tensor, or None if the backbone has none of that name."""
-        for name in (key, *_TIED.get(key, ())):
+        old = (key.removesuffix(new) + gone for new, gone in _OLD_NAMES if key.endswith(new))
+        for name in (key, *_TIED.get(key, ()), *old):
             if name in self._files:
                 with safe_open(str(self._files[name]), framework="pt", device="cpu") as file:
                     tensor: Tensor = file.get_tensor(name)

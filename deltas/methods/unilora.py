@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltas.delta import Component
-from deltas.errors import InvalidDelta
+from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.methods.base import Outline, by_site, check_indices, expect, only_keys
 from deltas.methods.per_site import whole
 from deltas.patches import LowRank, Patch
@@ -25,6 +25,9 @@ from deltas.weights import SiteWeights
 
 _PARAMETERS = ("indices_A", "indices_B", "scales_A", "scales_B")
 _KEYS = frozenset({"seed", "rank", "sites"})
+
+MAX_ENTRIES = 1 << 26
+"""How many entries one delta's factors may have: they have nothing to do with what was uploaded."""
 
 
 class UniLora:
@@ -61,6 +64,11 @@ class UniLora:
                     raise InvalidDelta(f"this backbone has no linear site {name!r}", field="sites")
                 if outline.config["rank"] > max(site.in_features, site.out_features):
                     raise InvalidDelta(f"rank is larger than {name} itself", field="rank")
+            entries = _entries([spec.sites[name] for name in outline.config["sites"]], outline.config["rank"])
+            if entries > MAX_ENTRIES:
+                raise UnsupportedDelta(
+                    f"the factors have {entries} entries, at most {MAX_ENTRIES} are served", field="rank"
+                )
             return
         for site, here in by_site(shapes, _PARAMETERS, (SiteKind.LINEAR,), spec).items():
             rank = here["indices_A"][0] if here["indices_A"] else 0
@@ -95,9 +103,13 @@ class UniLora:
         return patches
 
 
+def _entries(sites: list[Site], rank: int) -> int:
+    return sum(rank * (site.in_features + site.out_features) for site in sites)
+
+
 def _dealt(theta: Tensor, sites: list[Site], rank: int, seed: int) -> list[Patch]:
     """Every entry as often as any other, or once more; which, and the order, by numpy's generator as in PEFT."""
-    total = sum(rank * (site.in_features + site.out_features) for site in sites)
+    total = _entries(sites, rank)
     length = len(theta)
     generator = np.random.default_rng(seed)
     order = np.repeat(np.arange(length), total // length)

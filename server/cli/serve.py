@@ -107,9 +107,9 @@ def banner(settings: Settings, address: str, info: Any, *, encoder: bool = False
         where, key = f"admin key: {path} (keep it to yourself)", f"$(cat {shlex.quote(str(path))})"
     else:
         where, key = "admin key: the one you gave", f"${ENV_PREFIX}ADMIN_KEY"
-    path, body = "chat/completions", '"messages": [{"role": "user", "content": "Say hello."}]'
+    route, body = "chat/completions", '"messages": [{"role": "user", "content": "Say hello."}]'
     if encoder:
-        path, body = "embeddings", '"input": "Say hello."'
+        route, body = "embeddings", '"input": "Say hello."'
     body = f'{{"model": "{info.name}", {body}}}'
     return "\n".join(
         (
@@ -117,7 +117,7 @@ def banner(settings: Settings, address: str, info: Any, *, encoder: bool = False
             f"on {address}",
             where,
             "try:",
-            f'  curl {address}/v1/{path} -H "authorization: Bearer {key}" '
+            f'  curl {address}/v1/{route} -H "authorization: Bearer {key}" '
             f"-H 'content-type: application/json' -d {shlex.quote(body)}",
         )
     )

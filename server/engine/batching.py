@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from server.engine.scheduler import IntegrityError
 from server.engine.waiting import FairQueue
 from server.errors import Unavailable
 from server.types import DeltaRef
@@ -127,9 +128,10 @@ class Batcher:
             self._queue.leave(job.tenant)
         return sorted(taken, key=lambda job: job.digest)
 
-    def problems(self) -> list[str]:
-        """What is inconsistent, for idle moments and tests."""
-        found = list(self._queue.problems(Counter()))
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the books do not add up. For idle moments and tests, between steps."""
+        problems = list(self._queue.problems(Counter()))
         if {job.id for job in self._queue} != self._known.keys():
-            found.append("the rows in line are not the known rows")
-        return found
+            problems.append("the rows in line are not the known rows")
+        if problems:
+            raise IntegrityError("; ".join(problems))

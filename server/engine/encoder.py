@@ -21,7 +21,7 @@ from deltas.groups import SiteGroup, site_groups
 from deltas.ops import Mode, Ops
 from deltas.sites import SiteKind
 from server.engine.backbone import Backbone
-from server.engine.ragged import INPUT, SITE, RaggedAttention
+from server.engine.ragged import SITE, RaggedAttention
 
 See = Callable[[Plan | None], Plan | None]
 """Given every plan before it is applied; what it returns is applied."""
@@ -82,7 +82,7 @@ class EncoderRunner:
         for site in spec.of_kind(SiteKind.KV):
             module = modules[site.path]
             object.__setattr__(module, SITE, site.name)
-            module.register_forward_pre_hook(_remember, with_kwargs=True)
+            module.register_forward_pre_hook(_enter, with_kwargs=True)
         # RoBERTa's table begins with rows that are no token's position
         self._first = model.config.pad_token_id + 1 if spec.family == "roberta" else 0
         self._base = model.base_model
@@ -178,10 +178,10 @@ class EncoderRunner:
         return torch.cat([*parts, output[0, last:]])[None]
 
 
-def _remember(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What an attention reads, tokens first: the gates of prefixes read it too."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    object.__setattr__(module, INPUT, hidden[0])
+def _enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tells the step's attention what a layer's attention is given."""
+    attention: RaggedAttention = kwargs["deltaserve_attention"]
+    attention.entered = (args[0] if args else kwargs["hidden_states"])[0]
 
 
 def _length(prompt: Tensor | None) -> int:

@@ -40,6 +40,7 @@ from server.engine.messages import (
 from server.engine.pooling import Embedder
 from server.engine.quarantine import Quarantine
 from server.engine.residency import LoadFailure, Residency
+from server.engine.runner import LONGEST_PROMPT
 from server.errors import (
     ContextTooLong,
     DeltaRefused,
@@ -127,6 +128,8 @@ class EncoderEngine:
     def _take_in(self) -> bool:
         """Handles what has arrived; waits for something if there is nothing to run. False: it is time to leave."""
         block = self._idle
+        if block:
+            self.batcher.check_integrity()
         while True:
             try:
                 request = self._inbox.get(block=block)
@@ -228,16 +231,18 @@ class EncoderEngine:
 
     def _poisoned(self, job: EncodeJob) -> None:
         """A row's vector is not numbers. Only its delta (or the backbone) can be the cause; neighbours are fine."""
-        what = "delta"
+        message = "the row's output is not a number"
         if job.delta is not None:
             dtype = self.info.dtype
             self._quarantine.add(job.delta, f"a row that it served became NaN or infinite in {dtype}")
-            what = "sum of deltas" if job.delta.parts else what
-        message = f"the row's output is not a number; its {what} is quarantined"
+            message += f"; its {'sum of deltas' if job.delta.parts else 'delta'} is quarantined"
         self._send(Failed(job.id, RowFailed.code, message))
 
     def _finish(self, delta: PackedDelta) -> PackedDelta:
-        """Refuses a delta that leaves no room for a single token."""
+        """Refuses a delta that leaves no room for a single token, or makes every row of it far too long."""
+        virtual = delta.prefix_length + _longest_prefix(delta)
+        if virtual > LONGEST_PROMPT:
+            raise InvalidDelta(f"{virtual} virtual tokens; this server takes at most {LONGEST_PROMPT}")
         if EncoderRow([], delta).shift >= self._positions:
             raise InvalidDelta(f"its virtual tokens take all of the backbone's {self._positions} positions")
         return delta

@@ -118,13 +118,14 @@ class Engine:
         while self._take_in():
             for failure in self.residency.collect():
                 self._fail_load(failure)
-            self._answer_loads()
+            answered = self._answer_loads()
             plan = self.scheduler.next(self._ready)
             self._begin(plan)
             if plan.rows:
                 out = self.runner.run(plan.rows, [self._rows[row.seq.id].delta for row in plan.rows])
                 self._settle(plan, out)
-            self._idle = not plan.rows  # then nothing changes until something arrives
+            # else nothing changes until something arrives; a delta just tried could not make room for another
+            self._idle = not plan.rows and not answered
             self._report()
         self.residency.close()
 
@@ -309,7 +310,7 @@ class Engine:
         for seq in self.scheduler.fail_waiting(failure.digest):
             self._fail(seq, row_code, f"{what}: {message}")
 
-    def _answer_loads(self) -> None:
+    def _answer_loads(self) -> bool:
         """Tries one delta that has arrived on the device: a probe costs a small step, so rows wait for one at most."""
         for digest, loads in list(self._loads.items()):
             delta = self.residency.resident(loads[-1].delta)
@@ -321,9 +322,8 @@ class Engine:
                 log.warning("probe", digest=digest, outcome=result.outcome, message=result.message)
             for load in loads:
                 self._send(Loaded(load.id, result))
-            if self._loads:
-                self._inbox.put(_Wake())  # more may be there already
-            return
+            return True
+        return False
 
     def _report(self) -> None:
         now = time.monotonic()

@@ -17,11 +17,11 @@ from torch import Tensor
 from server.errors import InvalidRequest
 
 MODES = ("cls", "mean", "max")
-# Pooling's config before version 5 had a flag for each mode.
+# Older configs have a flag for each mode; the vectors are joined in this order.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
@@ -52,6 +52,9 @@ def read_embedder(folder: Path) -> Embedder:
     modules = folder / "modules.json"
     if not modules.is_file():
         return Embedder(longest=_longest(folder))
+    sentence = _json(folder / "sentence_bert_config.json")
+    if sentence.get("do_lower_case"):
+        raise _refused("do_lower_case is set, which is the tokenizer's work")
     found = Embedder(longest=_longest(folder))
     for module in json.loads(modules.read_text()):
         kind = str(module.get("type")).rpartition(".")[2]
@@ -59,7 +62,9 @@ def read_embedder(folder: Path) -> Embedder:
             case "Transformer":
                 continue
             case "Pooling":
-                found = Embedder(_modes(_config(folder / module["path"])), found.normalise, found.longest)
+                found = Embedder(
+                    _modes(_json(folder / module["path"] / "config.json")), found.normalise, found.longest
+                )
             case "Normalize":
                 found = Embedder(found.modes, True, found.longest)
             case _:
@@ -70,7 +75,7 @@ def read_embedder(folder: Path) -> Embedder:
 def _modes(config: dict[str, Any]) -> tuple[str, ...]:
     given = config.get("pooling_mode")
     if given is None:
-        modes = [mode for flag, mode in _FLAGS.items() if config.get(flag)]
+        modes = [mode for flag, mode in _FLAGS.items() if config.get(flag)] or ["mean"]
     else:
         modes = [given] if isinstance(given, str) else list(given)
     unknown = [str(mode) for mode in modes if mode not in MODES]
@@ -80,13 +85,11 @@ def _modes(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _longest(folder: Path) -> int | None:
-    path = folder / "sentence_bert_config.json"
-    found = json.loads(path.read_text()).get("max_seq_length") if path.is_file() else None
+    found = _json(folder / "sentence_bert_config.json").get("max_seq_length")
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _json(path: Path) -> dict[str, Any]:
     config = json.loads(path.read_text()) if path.is_file() else {}
     return config if isinstance(config, dict) else {}
 

@@ -14,16 +14,18 @@ from deltas.bank import PackedDelta
 from deltas.ops.adapters import opening
 from deltas.patches import KVPrefix
 
-SITE = "deltaserve_site"  # attributes of an encoder's attention modules: the name of the KV site,
-INPUT = "deltaserve_input"  # and what the module was given
+SITE = "deltaserve_site"  # the attribute of an encoder's attention modules that names their KV site
 
 
 class RaggedAttention:
     """Bidirectional attention of packed rows of ``lengths`` tokens; ``deltas`` bring prefixes by KV site.
 
     Rows of one length without a prefix go together, as a batch that needs no mask. A row with a prefix goes alone: the
-    prefix is its delta's and may have another length in every layer.
+    prefix is its delta's and may have another length in every layer. ``entered`` ``[tokens, hidden]`` is what the
+    attention that is being computed was given: the gates of prefixes read it too.
     """
+
+    entered: Tensor | None = None
 
     def __init__(self, lengths: Rows[int], deltas: Rows[PackedDelta | None], device: torch.device) -> None:
         self._alone: list[tuple[int, int, PackedDelta]] = []
@@ -58,21 +60,23 @@ class RaggedAttention:
             keys, values = k[rows], v[rows]
             prefix = delta.prefixes.get(getattr(module, SITE))
             if prefix is not None:
-                before = _prefix(prefix, getattr(module, INPUT)[rows])
+                before = self._prefix(prefix, rows)
                 keys, values = torch.cat([before[0], keys]), torch.cat([before[1], values])
             out[rows] = _attend(q[rows], keys, values, scale)
         return out
+
+    def _prefix(self, prefix: KVPrefix, rows: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[n, kv_heads, head_dim]`` as the row of these tokens takes them."""
+        if prefix.gate is None:
+            return prefix.keys, prefix.values
+        if self.entered is None:
+            raise RuntimeError(f"{prefix.site}: what its attention was given is not known")
+        tokens = self.entered[rows].to(prefix.gate.weight.dtype)
+        opened = opening(prefix.gate, tokens).to(prefix.keys.dtype)
+        return prefix.keys * opened[0], prefix.values * opened[-1]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One row: ``[queries, heads, head_dim]``."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
-
-
-def _prefix(prefix: KVPrefix, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[n, kv_heads, head_dim]`` as the row with these inputs takes them."""
-    if prefix.gate is None:
-        return prefix.keys, prefix.values
-    opened = opening(prefix.gate, tokens.to(prefix.gate.weight.dtype)).to(prefix.keys.dtype)
-    return prefix.keys * opened[0], prefix.values * opened[-1]

@@ -131,7 +131,8 @@ Prepare = Callable[[PeftModel, Family], None]
 @dataclass(frozen=True, slots=True)
 class Case:
     """One way of using PEFT. ``make`` gives the config for a family; ``values`` says, by pattern in a parameter's name,
-    how its random values are distributed where the family's spread around zero will not do; ``prepare`` runs between the drawing and the saving.
+    how its random values are distributed where the family's spread around zero will not do; ``prepare`` runs between
+    the drawing and the saving.
     """
 
     name: str

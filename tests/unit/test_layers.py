@@ -34,7 +34,9 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "prometheus_client": frozenset({"metrics"}),
 }
 
-WITHOUT_TORCH = frozenset({"server/engine/scheduler.py", "server/engine/sequence.py"})
+WITHOUT_TORCH = frozenset(
+    {"server/engine/scheduler.py", "server/engine/sequence.py", "server/engine/batching.py"}
+)
 
 SOURCES = frozenset({".py", ".c", ".h", ".lua"})
 SOFT_LINES, HARD_LINES = 300, 400

@@ -8,9 +8,10 @@ from transformers import AutoConfig
 
 from deltas.backbones import describe
 from deltas.bank import SitePatch
+from deltas.compose import combine
 from deltas.errors import UnsupportedDelta
 from deltas.pack import pack
-from deltas.patches import Gain, LowRank, Override
+from deltas.patches import Gain, KVPrefix, LowRank, Override
 from tests.oracle.padded import BACKBONES
 
 SPEC = describe(AutoConfig.from_pretrained(BACKBONES / "gpt2"), "test")
@@ -40,3 +41,14 @@ def test_parts_beside_one_another_share_a_step_list() -> None:
     (steps,) = packed.patches.values()
     assert [step.out0 for step in steps] == [0, 32, 64]
     assert not packed.looped
+
+
+def test_two_prefixes_that_shift_positions_are_refused_for_that_reason() -> None:
+    prefix = KVPrefix("layers.0.attn.kv", torch.rand(2, 4, 8), torch.rand(2, 4, 8), shifts_positions=True)
+    with pytest.raises(UnsupportedDelta, match="both shift the positions"):
+        combine([[prefix], [prefix]])
+    still = KVPrefix("layers.0.attn.kv", torch.rand(3, 4, 8), torch.rand(3, 4, 8), shifts_positions=False)
+    assert len(combine([[prefix], [still]])) == 2
+    (joined,) = combine([[still], [still]])
+    assert isinstance(joined, KVPrefix)
+    assert len(joined.keys) == 6

@@ -19,6 +19,7 @@ from deltas.formats.frozen import Frozen, same
 from deltas.formats.header import Header, shown
 from deltas.formats.plan import Check, PlannedComponent, check_config, one_of
 from deltas.formats.sources import Source
+from deltas.methods.head import MAX_LAYERS
 from deltas.sites import BackboneSpec
 
 _ADVICE = "leave out the head's files (save_adapter(..., with_head=False)) unless you trained it"
@@ -165,8 +166,8 @@ def _flexible(
         )
     kind = _KINDS[head_type]
     layers, between = config.get("layers"), config.get("activation_function")
-    if type(layers) is not int or layers < 1:
-        raise InvalidDelta(f"{HEAD_CONFIG}: layers must be 1 or more", field="layers")
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
+        raise InvalidDelta(f"{HEAD_CONFIG}: layers must be 1 to {MAX_LAYERS}", field="layers")
     sources: dict[str, Source] = {}
     activations: list[str] = []
     at = 1  # each layer is a dropout, a linear and, but for the last, the activation

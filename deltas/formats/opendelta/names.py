@@ -26,7 +26,8 @@ _MARK = "[r]"
 _NARROW = r"(?:\\d|\[0-9\]|\\\.|[A-Za-z0-9_,@-])"
 _CHOICE = r"\((?:[A-Za-z0-9_.]|\\\.)+(?:\|(?:[A-Za-z0-9_.]|\\\.)+)*\)"
 _CLASS = r"\[(?:[A-Za-z0-9_]-[A-Za-z0-9_]|[A-Za-z0-9_])+\]"
-_READ = re.compile(rf"\^?(?:{_NARROW}[*+?]?|{_CHOICE}|(?:\.|\\w|{_CLASS})[*+?]?)*\$?", re.ASCII)
+# possessive: "[0-9]" is read in two ways, and trying both for each of fifty takes for ever
+_READ = re.compile(rf"\^?(?:{_NARROW}[*+?]?|{_CHOICE}|(?:\.|\\w|{_CLASS})[*+?]?)*+\$?", re.ASCII)
 _QUANTIFIED = re.compile(r"[*+?]")
 _WIDE = re.compile(
     r"(?:(?<!\\)\.|\\w|\])[*+?]"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertModel
 
@@ -18,12 +20,11 @@ from deltas.delta import Component, Delta
 from deltas.errors import DeltaError
 from deltas.ops import Mode
 from deltas.pack import pack
+from deltas.sites import SiteKind
 from deltas.weights import FrozenTensors
 from server.engine import backbone as backbones
 from server.engine.encoder import EncoderRow, EncoderRunner
 from server.engine.encoder_probe import EncoderProbe
-from server.engine.pooling import Embedder, read_embedder
-from server.errors import InvalidRequest
 from tests.deltas_of_every_kind import make, served
 from tests.oracle.padded import BACKBONES, PaddedRow, PaddedRunner
 
@@ -168,6 +169,24 @@ def test_a_poisoned_row_leaves_its_neighbours_bit_identical() -> None:
     assert torch.equal(got[2], wanted[2])
 
 
+def test_heads_of_different_sizes_in_one_batch() -> None:
+    """The head reads prompt tokens too, as the libraries' do."""
+    run, alone = runner("bert"), padded("bert")
+    spec = run.backbone.spec
+    deltas = []
+    for seed, (outputs, pooling) in enumerate([(2, "first"), (5, "mean"), (151, "last"), (1, "first")]):
+        drawn = torch.randn(outputs, spec.hidden, generator=torch.Generator().manual_seed(seed))
+        config = {"kind": "classify", "pooling": pooling, "activations": ["identity"], "labels": None}
+        body = make(spec, ["lora", "prompt", "bottleneck", "prefix"][seed], seed).components
+        deltas.append(Delta((*body, Component("head", config, {"layers.0/weight": drawn}))))
+    rows = [EncoderRow(tokens(n, 4 + 9 * n), place(run, delta)) for n, delta in enumerate(deltas)]
+    for row, hidden, delta in zip(rows, run.run(rows), deltas, strict=True):
+        assert row.delta is not None
+        assert row.delta.head is not None
+        wanted = alone.classes([PaddedRow(row.ids, alone.place(delta))])[0]
+        assert error(heads.apply(row.delta.head, hidden), wanted) < CLOSE
+
+
 # -- the probe -----------------------------------------------------------------------------------------------------
 
 
@@ -240,9 +259,29 @@ def test_a_checkpoint_without_a_head_has_no_sites_there(tmp_path: Path) -> None:
     assert EncoderProbe(run).run(place(run, shift)).outcome == "changes"
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def test_a_checkpoint_with_the_old_names_of_norms(tmp_path: Path) -> None:
+    """As bert-base-uncased has them: the head is there, and deltas find the norms' own values."""
+    shutil.copytree(BACKBONES / "bert", tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    old = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for key, tensor in tensors.items()
+    }
+    assert old.keys() != tensors.keys()
+    save_file(old, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    loaded = backbones.load("old", tmp_path / "old", CPU, torch.float32)
+    assert loaded.spec.sites.keys() == runner("bert").backbone.spec.sites.keys()
+    found, wanted = FrozenTensors(tmp_path / "old"), FrozenTensors(BACKBONES / "bert")
+    for site in loaded.spec.of_kind(SiteKind.NORM):
+        for key in (f"{site.path}.weight", f"{site.path}.bias"):
+            own = wanted(key)
+            again = found(key)
+            assert own is not None
+            assert again is not None
+            assert torch.equal(own, again)
 
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     bare_bert(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.bias"]
@@ -251,94 +290,3 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
         backbones.BackboneError, match=r"lacks 1 weights .* bert\.encoder\.layer\.1\.output\.dense\.bias"
     ):
         backbones.load("bare", tmp_path, CPU, torch.float32)
-
-
-# -- pooling -------------------------------------------------------------------------------------------------------
-
-
-def sentence_files(
-    folder: Path, pooling: dict[str, object] | None, *, normalise: bool, longest: int | None = None
-) -> Path:
-    import json
-
-    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
-    if pooling is not None:
-        modules.append({"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"})
-        (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    if normalise:
-        modules.append({"type": "sentence_transformers.models.Normalize", "path": "2_Normalize"})
-    (folder / "modules.json").write_text(json.dumps(modules))
-    if longest is not None:
-        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": longest}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("pooling", "normalise", "wanted"),
-    [
-        (
-            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
-            True,
-            Embedder(("mean",), True, 99),
-        ),
-        ({"pooling_mode_cls_token": True}, False, Embedder(("cls",), False, 99)),
-        (
-            {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
-            True,
-            Embedder(("cls", "max"), True, 99),
-        ),
-        ({"pooling_mode": "max", "embedding_dimension": 32}, False, Embedder(("max",), False, 99)),
-        ({"pooling_mode": ["mean", "cls"]}, False, Embedder(("mean", "cls"), False, 99)),
-        (None, True, Embedder(("mean",), True, 99)),
-    ],
-)
-def test_sentence_transformers_files(
-    pooling: dict[str, object] | None, normalise: bool, wanted: Embedder, tmp_path: Path
-) -> None:
-    assert read_embedder(sentence_files(tmp_path, pooling, normalise=normalise, longest=99)) == wanted
-
-
-def test_without_files_the_mean_and_no_norm(tmp_path: Path) -> None:
-    assert read_embedder(tmp_path) == Embedder(("mean",), False, None)
-
-
-@pytest.mark.parametrize("pooling", [{"pooling_mode_lasttoken": True}, {"pooling_mode": "weightedmean"}, {}])
-def test_other_pooling_is_refused(pooling: dict[str, object], tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="pooling is") as caught:
-        read_embedder(sentence_files(tmp_path, pooling, normalise=False))
-    assert caught.value.param == "backbone"
-
-
-def test_other_modules_are_refused(tmp_path: Path) -> None:
-    sentence_files(tmp_path, None, normalise=False)
-    (tmp_path / "modules.json").write_text(
-        '[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]'
-    )
-    with pytest.raises(InvalidRequest, match="Dense"):
-        read_embedder(tmp_path)
-
-
-def test_embedder() -> None:
-    hidden = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    joined = torch.cat([hidden[0], hidden.mean(0), hidden.max(0).values])
-    assert torch.allclose(Embedder(("cls", "mean", "max"))(hidden), joined)
-    assert torch.allclose(Embedder(("cls", "mean", "max"), True)(hidden), joined / joined.norm())
-
-
-def test_heads_of_different_sizes_in_one_batch() -> None:
-    """The head reads prompt tokens too, as the libraries' do."""
-    run, alone = runner("bert"), padded("bert")
-    spec = run.backbone.spec
-    deltas = []
-    for seed, (outputs, pooling) in enumerate([(2, "first"), (5, "mean"), (151, "last"), (1, "first")]):
-        drawn = torch.randn(outputs, spec.hidden, generator=torch.Generator().manual_seed(seed))
-        config = {"kind": "classify", "pooling": pooling, "activations": ["identity"], "labels": None}
-        body = make(spec, ["lora", "prompt", "bottleneck", "prefix"][seed], seed).components
-        deltas.append(Delta((*body, Component("head", config, {"layers.0/weight": drawn}))))
-    rows = [EncoderRow(tokens(n, 4 + 9 * n), place(run, delta)) for n, delta in enumerate(deltas)]
-    for row, hidden, delta in zip(rows, run.run(rows), deltas, strict=True):
-        assert row.delta is not None
-        assert row.delta.head is not None
-        wanted = alone.classes([PaddedRow(row.ids, alone.place(delta))])[0]
-        assert error(heads.apply(row.delta.head, hidden), wanted) < CLOSE

@@ -180,7 +180,22 @@ def test_rows_of_all_sorts_at_once(start: Callable[..., Harness], truth: Encoder
         same(harness.vectors[10 * n + 3], alone(truth, tokens(n, 9), full))
         same(harness.vectors[10 * n + 4], alone(truth, tokens(n, 8 + n)))
     harness.wait_stats(lambda stats: stats.rows_waiting == 0 and stats.deltas_device == 12)
-    assert harness.engine.batcher.problems() == []
+    harness.engine.batcher.check_integrity()
+
+
+def test_bfloat16(start: Callable[..., Harness], truth: EncoderRunner) -> None:
+    spec = truth.backbone.spec
+    delta = with_head(make(spec, "lora", 1, std=0.1), 5, 1)
+    harness = start(dtype="bfloat16")
+    ref = harness.save(delta)
+    harness.encode({1: tokens(1, 20)}, ref, head=True)
+    harness.encode({2: tokens(1, 20)}, ref)
+    harness.engine.receive(Load(3, ref))
+    harness.wait(1, 2, 3)
+    assert harness.probes[3] == "changes"
+    for row, head in ((1, True), (2, False)):
+        wanted = alone(truth, tokens(1, 20), delta, head=head)
+        assert float((harness.vectors[row] - wanted).abs().max() / wanted.abs().max()) < 0.05
 
 
 def test_a_sum(start: Callable[..., Harness], truth: EncoderRunner) -> None:
@@ -284,10 +299,12 @@ def test_what_cannot_run_says_so(start: Callable[..., Harness], truth: EncoderRu
     harness.encode({4: tokens(1, 5)}, harness.save(Delta((*prompt.components, tagging))), head=True)
     harness.encode({5: tokens(1, spec.max_positions)}, harness.save(prompt))
     harness.encode({6: tokens(1, 5)}, harness.save(long))
+    endless = Delta((Component("prompt", {"after_norm": True}, {"embeddings": torch.ones(1025, 32)}),))
+    harness.encode({10: tokens(1, 5)}, harness.save(endless))
     harness.engine.receive(Submit(7, "t", [3, 4], None, SamplingParams(max_tokens=1)))
     harness.engine.receive(Load(8, missing))
     harness.encode({9: tokens(1, 5)})
-    harness.wait(*range(1, 10))
+    harness.wait(*range(1, 11))
     assert {row: code for row, (code, _) in harness.failures.items()} == {
         1: "unsupported_task",
         2: "unsupported_task",
@@ -297,6 +314,7 @@ def test_what_cannot_run_says_so(start: Callable[..., Harness], truth: EncoderRu
         6: "row_failed",
         7: "unsupported_task",
         8: "invalid_delta",
+        10: "row_failed",
     }
     same(harness.vectors[9], alone(truth, tokens(1, 5)))
 
@@ -320,7 +338,23 @@ def test_too_many_rows_are_refused(start: Callable[..., Harness]) -> None:
     assert {code for code, _ in harness.failures.values()} == {"unavailable"}
 
 
-def test_limits_of_the_input(folder: Path, tmp_path: Path, start: Callable[..., Harness]) -> None:
+def test_robertas_positions_begin_behind_the_padding(tmp_path: Path) -> None:
+    roberta = write_encoder(tmp_path / "roberta-tiny", "roberta")
+    truth = EncoderRunner(backbones.load("r", roberta, torch.device("cpu"), torch.float32), "reference")
+    harness = Harness(roberta, tmp_path)
+    try:
+        longest = harness.engine.info.max_model_len
+        ids, delta = tokens(1, longest), make(truth.backbone.spec, "lora", 3)
+        harness.encode({1: ids}, harness.save(delta))
+        harness.encode({2: [*ids, 5]})
+        harness.wait(1, 2)
+        same(harness.vectors[1], alone(truth, ids, delta))
+        assert harness.failures[2][0] == "context_length_exceeded"
+    finally:
+        harness.close()
+
+
+def test_limits_of_the_input(start: Callable[..., Harness]) -> None:
     harness = start()
     assert harness.engine.info.max_model_len == harness.engine.runner.backbone.spec.max_positions
     assert start(max_model_len=16).engine.info.max_model_len == 16

@@ -170,3 +170,18 @@ def test_a_deleted_delta_can_be_quarantined_again(make: Callable[..., Harness]) 
         engine.submit(row + 20, [7])
         engine.wait(row + 20)
         engine.wait_stats(lambda stats: not stats.quarantined)
+
+
+def test_a_delta_just_tried_gives_way_to_a_row_that_waits(make: Callable[..., Harness]) -> None:
+    """The engine must not fall asleep on a row that found the room taken in the step of the trial."""
+    wide = make()
+    deltas = [random_delta(wide.engine.runner.backbone.spec, "lora", seed) for seed in (5, 10)]
+    refs = [wide.save(delta) for delta in deltas]
+    wide.submit(0, [5], refs[0])
+    wide.wait(0)
+    engine = make(delta_bytes=wide.engine.residency.bytes_on_device + 64)
+    for n in range(20):
+        engine.engine.receive(Load(100 + n, refs[n % 2]))
+        engine.submit(n, [5, 6], refs[(n + 1) % 2], max_tokens=1)
+        engine.wait(n, 100 + n)
+    assert engine.messages == {}

