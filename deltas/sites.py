@@ -45,7 +45,9 @@ class Site:
     norm: str = ""
     inner: str = ""
     refused: str = ""  # why nothing can be changed here, where that is so
-    heads_axis: int = 0  # of a norm of each head by itself: where the heads are in what it is given, from the last
+    heads_axis: int = (
+        0  # of a norm of each head by itself: where the heads are in what it is given, from the last
+    )
     scale: float = 1.0  # of an embedding that multiplies what it looks up: by how much
 
     @property

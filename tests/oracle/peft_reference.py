@@ -46,7 +46,9 @@ class Family:
     norms: tuple[str, ...]  # of a layer
     last_norm: str
     conv1d: bool = False
-    spread: float = 0.25  # standard deviation of what is drawn; T5's unscaled attention turns noise into differences
+    spread: float = (
+        0.25  # standard deviation of what is drawn; T5's unscaled attention turns noise into differences
+    )
 
 
 FAMILIES: Mapping[str, Family] = {

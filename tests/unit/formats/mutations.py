@@ -151,7 +151,8 @@ def tensor_damage(upload: Upload, random: Random) -> Damage:
             new, at = [*shape] or [1], random.randrange(max(1, len(shape)))
             new[at] = random.choice([new[at] + 1, 2 * new[at], max(1, new[at] - 1), 0])
             entries[index] = (name, dtype, new, (data * 3)[: _count(new) * SIZES[dtype]])
-            must = Must.ANSWER if native else Must.REFUSE
+            # OpenDelta's config does not say how many labels a head has
+            must = Must.ANSWER if native or name.startswith(("score.", "classifier.")) else Must.REFUSE
         case "rank":
             entries[index] = (
                 name,

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from deltas.backbones import describe
 from deltas.errors import UnsupportedDelta
 from deltas.formats import DeltaFiles, read
-from deltas.weights import FrozenTensors
 from deltas.sites import BackboneSpec
+from deltas.weights import FrozenTensors
 
 FIXTURES = Path(__file__).parents[2] / "oracle" / "fixtures" / "adapterhub"
 

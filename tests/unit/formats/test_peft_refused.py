@@ -129,7 +129,9 @@ def test_unserved_options_are_refused_by_name(saved: Path, spec: BackboneSpec, k
 def test_a_config_that_lies_is_refused(
     saved: Path, spec: BackboneSpec, key: str, value: Any, field: str
 ) -> None:
-    if key == "peft_type":  # other options would be refused before the tensors, which another type cannot have
+    if (
+        key == "peft_type"
+    ):  # other options would be refused before the tensors, which another type cannot have
         (saved / CONFIG).write_text(json.dumps({"task_type": "CAUSAL_LM"}))
     change_config(saved, **{key: value})
     assert refused(saved, spec, InvalidDelta).field == (field or ANY)
