@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltas.errors import InvalidDelta
+from deltas.formats.header import shown
 from deltas.formats.peft.keys import Keys, biases, tuner
 from deltas.formats.peft.reading import Reading, Wrapped, sources
 from deltas.formats.peft.targets import check_targets, named_linears
@@ -107,8 +108,17 @@ def _vera(reading: Reading, name: str, config: dict[str, Any]) -> None:
     reading.hold((module.keys["d"] for module in modules), 0, "r", 256, 2 if config else 1)
     found: dict[str, Source] = sources(modules)
     if reading.config.get("save_projection", True):
-        for side in "AB":
-            found[side] = demand_shared(reading, f"{name}_{side}")
+        widest = {
+            "A": (1, max((module.site.in_features for module in modules), default=0)),
+            "B": (0, max((module.site.out_features for module in modules), default=0)),
+        }
+        for side, (dimension, size) in widest.items():
+            key = found[side] = demand_shared(reading, f"{name}_{side}")
+            shape = reading.shape(key)
+            if len(shape) != 2 or shape[dimension] != size:
+                raise InvalidDelta(
+                    f"{shown(key)} has shape {list(shape)}; the widest module needs {size}", field=key
+                )
     else:
         config = config | {"seed": whole(reading.config.get("projection_prng_key", 0), "projection_prng_key")}
     reading.add("vera", config, found)

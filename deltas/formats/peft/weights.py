@@ -75,7 +75,34 @@ def lokr(reading: Reading) -> None:
     modules = reading.wrapped({f"lokr_{part}": part for part in parts}, (SiteKind.LINEAR,))
     reading.demand(modules, {})
     check_targets(reading.config.get("target_modules"), [module.path for module in modules])
+    for module in modules:
+        _check_factors(reading, module)
     reading.add("lokr", _scales(reading, modules), sources(modules))
+
+
+def _check_factors(reading: Reading, module: Wrapped) -> None:
+    """PEFT splits each size of a weight by ``decompose_factor``, or so that the first factor is the smaller one."""
+    small, large = (_factor(reading, module, f"w{i}") for i in "12")
+    by = reading.config.get("decompose_factor", -1)
+    if small is None or large is None or type(by) is not int:
+        return
+    for first, second in zip(small, large, strict=True):
+        if first != by if by > 0 and first * second % by == 0 else first > second:
+            key = module.keys.get("w1", module.keys.get("w1_a", module.path))
+            raise InvalidDelta(
+                f"{shown(key)}: the factors of the weight are {list(small)} and {list(large)}, which is not how "
+                f"decompose_factor {by} splits it",
+                field=key,
+            )
+
+
+def _factor(reading: Reading, module: Wrapped, name: str) -> tuple[int, int] | None:
+    """The size of a Kronecker factor, whole or in two parts; None where its tensors are no matrices."""
+    first, last = (module.keys.get(key, module.keys.get(name, "")) for key in (f"{name}_a", f"{name}_b"))
+    shapes = [reading.shape(key) for key in (first, last) if key]
+    if len(shapes) != 2 or any(len(shape) != 2 for shape in shapes):
+        return None
+    return shapes[0][0], shapes[1][1]
 
 
 def _scales(reading: Reading, modules: list[Wrapped]) -> dict[str, object]:
