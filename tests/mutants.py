@@ -27,6 +27,7 @@ LONGEST = 300.0  # seconds; a mutant may make a test wait for ever
 
 MIXED = "tests/oracle/test_mixed_tiny.py"
 ENGINE = "tests/unit/engine/test_engine.py"
+PROBE = "tests/unit/engine/test_probe.py"
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,41 @@ MUTANTS = (
         "if length > MAX_HEADER_BYTES or length > size - _LENGTH_BYTES:",
         "if length > size - _LENGTH_BYTES and length < 0:",
         ("tests/unit/formats/test_header.py",),
+    ),
+    Mutant(
+        "2 no silent no-op: a delta that changes nothing is accepted",
+        "server/api/acceptance.py",
+        "            if whole:\n",
+        "            if whole or zero:\n",
+        ("tests/api/test_acceptance.py",),
+    ),
+    Mutant(
+        "2 no silent no-op: a site that the pass never comes to goes unnoticed",
+        "server/engine/probe.py",
+        "if missed := sorted(set(delta.patches) - watch.asked):",
+        "if missed := sorted(set[int]()):",
+        (PROBE,),
+    ),
+    Mutant(
+        "7 poison: a probe's NaN goes unnoticed",
+        "server/engine/probe.py",
+        "if not bool(torch.isfinite(logits[sound]).all()):",
+        "if not bool(torch.isfinite(own[sound]).all()):",
+        (PROBE,),
+    ),
+    Mutant(
+        "7 poison: a probe writes where a row's keys are",
+        "server/engine/probe.py",
+        "[runner.scratch_slot], [prefix]",
+        "[0], [prefix]",
+        (PROBE,),
+    ),
+    Mutant(
+        "7 poison: an archive may name a path outside its folder",
+        "server/api/archives.py",
+        'if path.startswith("/") or ".." in parts or path[1:2] == ":":',
+        'if path.startswith("/"):',
+        ("tests/api/test_archives.py",),
     ),
 )
 
