@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from deltas.delta import Component
-from deltas.errors import InvalidDelta
+from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.methods.base import Outline, expect, number, only_keys
 from deltas.patches import Patch
 from deltas.sites import BackboneSpec, Site, SiteKind
+from deltas.tensors import tensors_of
 from deltas.weights import SiteWeights
 
 Shape = tuple[int, ...]
+
+MAX_LOWERED = 1 << 30  # numbers of one component once lowered: 4 GiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +102,21 @@ class PerSite:
         shared = {name: _ready(component.tensors[name]) for name in self.shared if name in component.tensors}
         present = set(component.sites())
         patches: list[Patch] = []
+        entries = 0
         for site in weights.spec.sites.values():
             if site.name in present:
                 tensors = {name: _ready(tensor) for name, tensor in component.at(site.name).items()}
-                patches += self.lower_site(Loaded(site, tensors, shared, component.config, weights))
+                here = list(self.lower_site(Loaded(site, tensors, shared, component.config, weights)))
+                entries += sum(tensor.numel() for tensor in tensors_of(here))
+                if (
+                    entries > MAX_LOWERED
+                ):  # a few numbers may stand for whole matrices: stop before memory ends
+                    raise UnsupportedDelta(
+                        f"{component.method}: as it is served it holds more than {MAX_LOWERED} numbers; "
+                        "target fewer modules",
+                        field=site.name,
+                    )
+                patches += here
         return patches
 
     def lower_site(self, here: Loaded) -> Iterable[Patch]:
