@@ -7,54 +7,21 @@ settle(plan, out)
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import structlog
-
 from deltas.bank import PackedDelta
-from deltas.weights import FrozenTensors
 from server.engine.logprobs import prompt_logprobs
-from server.engine.messages import (
-    Cancel,
-    Drop,
-    Encode,
-    Failed,
-    Load,
-    Loaded,
-    Reply,
-    Request,
-    Stats,
-    Step,
-    Submit,
-)
+from server.engine.loop import StepLoop
+from server.engine.messages import Encode, Failed, Reply, Step, Submit
 from server.engine.probe import Probe
-from server.engine.quarantine import Quarantine
-from server.engine.residency import LoadFailure, Residency
 from server.engine.runner import Runner, StepOutput
 from server.engine.sampler import RowSampler, sample
 from server.engine.scheduler import Plan, PlannedRow, Scheduler
 from server.engine.sequence import Sequence
-from server.errors import (
-    DeltaRefused,
-    DeltaserveError,
-    InvalidComposition,
-    Quarantined,
-    RowFailed,
-    UnsupportedTask,
-)
+from server.errors import DeltaserveError, RowFailed, UnsupportedTask
 from server.types import BackboneInfo, EngineStats, FinishReason, TokenEvent, TokenLogprob
-
-log = structlog.get_logger(__name__)
-
-STATS_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class _Wake:
-    """A loader has something; the loop looks by itself."""
 
 
 @dataclass(eq=False)
@@ -68,7 +35,7 @@ class _Row:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
 
-class Engine:
+class Engine(StepLoop):
     """Continuous batching over one resident backbone."""
 
     def __init__(
@@ -81,89 +48,44 @@ class Engine:
         delta_bytes: int,
         host_delta_bytes: int,
     ) -> None:
-        self.info = info
-        self.runner = runner
-        self.scheduler = scheduler
-        self._send = send
-        self._inbox: queue.SimpleQueue[Request | _Wake | None] = queue.SimpleQueue()
-        self._rows: dict[int, _Row] = {}
-        self._loads: dict[str, list[Load]] = {}  # by digest: who waits for it
-        self._idle = False
-        self._steps = 0
-        self._reported = 0.0
-        self._batch_rows: list[int] = []
-        self._batch_deltas: list[int] = []
-        self._queued: list[float] = []
-        self._quarantine = Quarantine()
-        self._probe = Probe(runner)
-        backbone = runner.backbone
-        self.residency = Residency(
-            backbone.spec,
-            backbone.dtype,
-            backbone.device,
-            weights=FrozenTensors(backbone.folder),
-            device_bytes=delta_bytes,
-            host_bytes=host_delta_bytes,
+        super().__init__(
+            info,
+            runner.backbone,
+            Probe(runner),
+            send,
             finish=runner.prompt_prefix,
             forget=runner.forget,
-            wake=lambda: self._inbox.put(_Wake()),
+            delta_bytes=delta_bytes,
+            host_delta_bytes=host_delta_bytes,
         )
+        self.runner = runner
+        self.scheduler = scheduler
+        self._rows: dict[int, _Row] = {}
 
-    def receive(self, request: Request | None) -> None:
-        """Hands over a request, from any thread; None ends :meth:`run`: the other side is gone."""
-        self._inbox.put(request)
+    def _step(self) -> bool:
+        plan = self.scheduler.next(self._ready)
+        self._begin(plan)
+        if plan.rows:
+            out = self.runner.run(plan.rows, [self._rows[row.seq.id].delta for row in plan.rows])
+            self._settle(plan, out)
+        return bool(plan.rows)
 
-    def run(self) -> None:
-        """Works until told to stop. An exception here ends the process, and the client starts another."""
-        while self._take_in():
-            for failure in self.residency.collect():
-                self._fail_load(failure)
-            answered = self._answer_loads()
-            plan = self.scheduler.next(self._ready)
-            self._begin(plan)
-            if plan.rows:
-                out = self.runner.run(plan.rows, [self._rows[row.seq.id].delta for row in plan.rows])
-                self._settle(plan, out)
-            # else nothing changes until something arrives; a delta just tried could not make room for another
-            self._idle = not plan.rows and not answered
-            self._report()
-        self.residency.close()
-
-    def _take_in(self) -> bool:
-        """Handles what has arrived; waits for something if there is nothing to run. False: it is time to leave."""
-        block = self._idle
-        if block and not self._rows:
+    def _check_integrity(self) -> None:
+        if not self._rows:
             self.scheduler.check_integrity()
-        while True:
-            try:
-                request = self._inbox.get(block=block)
-            except queue.Empty:
-                return True
-            if request is None:
-                return False
-            self._handle(request)
-            block = False
 
-    def _handle(self, request: Request | _Wake) -> None:
-        match request:
-            case Submit():
-                self._submit(request)
-            case Cancel(row_id):
-                seq = self.scheduler.cancel(row_id)
-                if seq is not None:
-                    self._close(seq)
-            case Encode(rows=rows):
-                for row_id, _ in rows:
-                    self._send(
-                        Failed(row_id, UnsupportedTask.code, "this backbone generates; it does not encode")
-                    )
-            case Load():
-                self._loads.setdefault(request.delta.digest, []).append(request)
-            case Drop(digest):
-                self.residency.drop(digest)
-                self._quarantine.forget(digest)
-            case _Wake():
-                pass
+    def _accept(self, request: Submit | Encode) -> None:
+        if isinstance(request, Submit):
+            self._submit(request)
+            return
+        for row_id, _ in request.rows:
+            message = "this backbone generates; it does not encode"
+            self._send(Failed(row_id, UnsupportedTask.code, message))
+
+    def _cancel(self, row_id: int) -> None:
+        seq = self.scheduler.cancel(row_id)
+        if seq is not None:
+            self._close(seq)
 
     def _submit(self, request: Submit) -> None:
         seq = Sequence(
@@ -176,8 +98,7 @@ class Engine:
         )
         eos = self.info.eos_token_ids
         try:
-            if seq.delta is not None and self._quarantine.refuses(seq.delta):
-                raise Quarantined("this sum of deltas is quarantined: its computation failed before")
+            self._check_quarantine(seq.delta)
             sampler = RowSampler(
                 seq.sampling, seq.prompt, vocab=self.runner.backbone.spec.vocab, eos_token_ids=eos
             )
@@ -213,9 +134,7 @@ class Engine:
 
     def _settle(self, plan: Plan, out: StepOutput) -> None:
         """Samples, ends rows that are done, and tells the client."""
-        self._steps += 1
-        self._batch_rows.append(len(plan.rows))
-        self._batch_deltas.append(len({row.seq.digest for row in plan.rows if row.seq.delta is not None}))
+        self._note_batch([row.seq.digest for row in plan.rows])
         sampling = [i for i, row in enumerate(plan.rows) if row.samples]
         lines = [out.rows[i].first + out.rows[i].count - 1 for i in sampling]
         samplers = [self._rows[plan.rows[i].seq.id].sampler for i in sampling]
@@ -278,14 +197,10 @@ class Engine:
         return None
 
     def _poisoned(self, seq: Sequence) -> None:
-        """A row's logits are not numbers. Only its delta (or the backbone) can be the cause; neighbours are fine."""
-        what = "delta"
-        if seq.delta is not None:
-            dtype = self.info.dtype
-            self._quarantine.add(seq.delta, f"a row that it served became NaN or infinite in {dtype}")
-            what = "sum of deltas" if seq.delta.parts else what
+        """A row's logits are not numbers; neighbours are fine."""
+        message = self._poison(seq.delta)
         self.scheduler.finish(seq)
-        self._fail(seq, RowFailed.code, f"the row's output is not a number; its {what} is quarantined")
+        self._fail(seq, RowFailed.code, message)
 
     def _fail(self, seq: Sequence, code: str, message: str) -> None:
         self._close(seq)
@@ -299,60 +214,14 @@ class Engine:
         if row.delta is not None:
             self.residency.release(seq.digest)
 
-    def _fail_load(self, failure: LoadFailure) -> None:
-        log.warning("delta load failed", digest=failure.digest, reason=failure.message)
-        load_code, row_code, message = DeltaRefused.code, RowFailed.code, failure.message
-        if failure.of_sum:
-            load_code = row_code = InvalidComposition.code
-        for load in self._loads.pop(failure.digest, []):
-            self._send(Failed(load.id, load_code, message))
-        what = "these deltas cannot be composed" if failure.of_sum else "the delta could not be loaded"
-        for seq in self.scheduler.fail_waiting(failure.digest):
-            self._fail(seq, row_code, f"{what}: {message}")
+    def _fail_waiting(self, digest: str, code: str, message: str) -> None:
+        for seq in self.scheduler.fail_waiting(digest):
+            self._fail(seq, code, message)
 
-    def _answer_loads(self) -> bool:
-        """Tries one delta that has arrived on the device: a probe costs a small step, so rows wait for one at most."""
-        for digest, loads in list(self._loads.items()):
-            delta = self.residency.resident(loads[-1].delta)
-            if delta is None:
-                continue
-            del self._loads[digest]
-            result = self._probe.run(delta)
-            if result.message:
-                log.warning("probe", digest=digest, outcome=result.outcome, message=result.message)
-            for load in loads:
-                self._send(Loaded(load.id, result))
-            return True
-        return False
-
-    def _report(self) -> None:
-        now = time.monotonic()
-        if not self._idle and now - self._reported < STATS_SECONDS:
-            return
-        self._reported = now
-        tiers, counts = self.residency, self.residency.counts
-        self._send(
-            Stats(
-                EngineStats(
-                    rows_running=self.scheduler.rows_running,
-                    rows_waiting=self.scheduler.rows_waiting,
-                    kv_tokens_used=self.scheduler.kv_tokens_used,
-                    kv_tokens_total=self.scheduler.kv_tokens,
-                    deltas_device=tiers.count_on_device,
-                    deltas_host=tiers.count_on_host,
-                    delta_bytes_device=tiers.bytes_on_device,
-                    delta_bytes_host=tiers.bytes_on_host,
-                    steps=self._steps,
-                    loads_from_host=counts.from_host,
-                    loads_from_disk=counts.from_disk,
-                    load_failures=counts.failures,
-                    quarantined=dict(self._quarantine.deltas),
-                    load_seconds=counts.seconds,
-                    batch_rows=self._batch_rows,
-                    batch_deltas=self._batch_deltas,
-                    queue_seconds=self._queued,
-                )
-            )
+    def _stats(self) -> EngineStats:
+        return EngineStats(
+            rows_running=self.scheduler.rows_running,
+            rows_waiting=self.scheduler.rows_waiting,
+            kv_tokens_used=self.scheduler.kv_tokens_used,
+            kv_tokens_total=self.scheduler.kv_tokens,
         )
-        counts.seconds = []
-        self._batch_rows, self._batch_deltas, self._queued = [], [], []
