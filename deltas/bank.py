@@ -75,8 +75,8 @@ class PackedDelta:
     ``patches``: group index -> the steps there, in order. ``prefix``: keys and values
     ``[layers, 2, kv_heads, n, head_dim]`` put before a row's own, or None. ``prompt``: embeddings ``[n, hidden]`` whose
     keys and values the engine has yet to compute into ``prefix``; real tokens' positions shift by ``shift``.
-    ``prefixes``: the same by KV site for backbones that are not plain decoders. ``indices`` are the integer tensors
-    of the patches, which cannot live in the arena.
+    ``prefixes``: the same by KV site for backbones that are not plain decoders. ``prompt_after_norm``: see
+    :class:`~deltas.patches.SoftPrompt`. ``head``: a task head, applied by who runs the rows.
     """
 
     arena: Tensor

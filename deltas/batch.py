@@ -35,6 +35,10 @@ class Hooked(Protocol):
         """The backbone's own columns ``out0 .. out0+out`` of its group for another input ``[n, in]``, bias included."""
         ...
 
+    def bias(self, out0: int, out: int, /) -> Tensor | None:
+        """The backbone's own bias of those columns, ``[out]``, if it has one."""
+        ...
+
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
         """The hooked norm of ``x`` ``[n, width]`` with other parameters, ``[width]`` or one line a token."""
         ...

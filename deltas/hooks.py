@@ -93,6 +93,9 @@ class _Asked:
     def linear(self, _out0: int, _out: int, _x: Tensor, /) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a linear")
 
+    def bias(self, _out0: int, _out: int, /) -> Tensor | None:
+        raise TypeError(f"{type(self).__name__} is not a linear")
+
     def norm(self, _x: Tensor, _weight: Tensor, _bias: Tensor | None, /) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a norm")
 
@@ -194,14 +197,19 @@ class GroupHook(_Asked):
         return y
 
     def linear(self, out0: int, out: int, x: Tensor, /) -> Tensor:
+        member, columns = self._member_at(out0, out)
+        return F.linear(x, weight_of(member)[columns], self.bias(out0, out))
+
+    def bias(self, out0: int, out: int, /) -> Tensor | None:
+        member, columns = self._member_at(out0, out)
+        bias = bias_of(member)
+        return None if bias is None else bias[columns]
+
+    def _member_at(self, out0: int, out: int) -> tuple[nn.Module, slice]:
+        """The module that makes these columns of the group's output, and which of its own they are."""
         j = max(j for j, offset in enumerate(self.group.offsets) if offset <= out0)
         start = out0 - self.group.offsets[j]
-        bias = bias_of(self.members[j])
-        return F.linear(
-            x,
-            weight_of(self.members[j])[start : start + out],
-            None if bias is None else bias[start : start + out],
-        )
+        return self.members[j], slice(start, start + out)
 
 
 @dataclass(eq=False)

@@ -78,7 +78,8 @@ def apply(
         case EmbeddingLowRank(table=table, up=up):
             y += table[x] @ up
         case OutputRows(indices=indices, rows=rows):
-            y[:, indices] = _own_bias(hooked, step, x, indices) + F.linear(x, rows)
+            bias = hooked.bias(step.out0, step.out)
+            y[:, indices] = F.linear(x, rows, None if bias is None else bias[indices])
         case other:
             raise TypeError(f"no operation for {type(other).__name__}")
 
@@ -108,9 +109,3 @@ def _overridden(x: Tensor, weight: Tensor, bias: Tensor | None, hooked: Hooked) 
     if weight.dim() == 1:
         return hooked.norm(x, weight, bias)
     return F.linear(x, weight, bias)
-
-
-def _own_bias(hooked: Hooked, step: Placed, x: Tensor, indices: Tensor) -> Tensor:
-    """What the backbone adds to these outputs whatever the input: its bias."""
-    nothing = hooked.linear(step.out0, step.out, torch.zeros_like(x[:1]))
-    return nothing[:, indices]

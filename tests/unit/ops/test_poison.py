@@ -28,6 +28,9 @@ class Linear:
     def linear(self, out0: int, out: int, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def bias(self, out0: int, out: int) -> Tensor | None:
+        raise NotImplementedError
+
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
