@@ -12,7 +12,7 @@ from deltas.formats.files import DeltaFiles, listed
 from deltas.formats.frozen import Frozen, same
 from deltas.formats.header import Header
 from deltas.formats.sources import Source, info_of, name_of, tensor_of
-from deltas.methods import Outline, check_outlines, check_values, integers, method
+from deltas.methods import Outline, check_outline, check_together, check_values, integers, method
 from deltas.sites import BackboneSpec
 
 Check = Callable[[str, object], None]
@@ -183,11 +183,11 @@ def _check(outlines: list[Outline], plan: Plan, spec: BackboneSpec) -> None:
     """Check, and speak of the file's tensor names rather than ours; components may have names in common."""
     for outline, part in zip(outlines, plan.components, strict=True):
         try:
-            method(outline.method).check(outline, spec)
+            check_outline(outline, spec)
         except DeltaError as error:
             name = error.field or ""
             source = name_of(part.sources[name]) if name in part.sources else None
             if source is None or source == name:
                 raise
             raise type(error)(f"{listed([source])} ({error})", field=source) from None
-    check_outlines(outlines, spec)
+    check_together(outlines)

@@ -127,24 +127,30 @@ def method(name: str) -> Method:
 
 def check_outlines(outlines: Sequence[Outline], spec: BackboneSpec) -> None:
     """Refuse components that do not fit the backbone, or that have no agreed meaning together."""
-    if not outlines:
-        raise InvalidDelta("a delta needs at least one component", field="components")
-    claimed: set[str] = set()
     for outline in outlines:
-        served = method(outline.method)
-        served.check(outline, spec)
-        _check_sites(outline, spec)
-        for claim in sorted(served.claims(outline)):
-            if claim in claimed:
-                raise UnsupportedDelta(f"two components change {claim}", field="components")
-            claimed.add(claim)
+        check_outline(outline, spec)
+    check_together(outlines)
 
 
-def _check_sites(outline: Outline, spec: BackboneSpec) -> None:
+def check_outline(outline: Outline, spec: BackboneSpec) -> None:
+    """Refuse a component that does not fit the backbone."""
+    method(outline.method).check(outline, spec)
     for name in outline.shapes:
         site = spec.sites.get(name.rpartition("/")[0])
         if site is not None and site.refused:
             raise UnsupportedDelta(f"{name!r}: {site.refused}", field=name)
+
+
+def check_together(outlines: Sequence[Outline]) -> None:
+    """Refuse no components at all, and those that claim the same thing."""
+    if not outlines:
+        raise InvalidDelta("a delta needs at least one component", field="components")
+    claimed: set[str] = set()
+    for outline in outlines:
+        for claim in sorted(method(outline.method).claims(outline)):
+            if claim in claimed:
+                raise UnsupportedDelta(f"two components change {claim}", field="components")
+            claimed.add(claim)
 
 
 def check(delta: Delta, spec: BackboneSpec) -> None:
@@ -223,7 +229,9 @@ __all__ = [
     "Method",
     "Outline",
     "check",
+    "check_outline",
     "check_outlines",
+    "check_together",
     "check_values",
     "integers",
     "lower",
