@@ -164,6 +164,7 @@ EXPORT int ds_threads(void) { return omp_get_max_threads(); }
 #include "kernels_sparse.c"
 #include "kernels_rows.c"
 #include "kernels_attention.c"
+#include "kernels_ragged.c"
 #undef DS_BF16
 #undef NAME
 #undef T
@@ -175,3 +176,4 @@ EXPORT int ds_threads(void) { return omp_get_max_threads(); }
 #include "kernels_sparse.c"
 #include "kernels_rows.c"
 #include "kernels_attention.c"
+#include "kernels_ragged.c"
