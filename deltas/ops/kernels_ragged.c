@@ -52,6 +52,30 @@ INLINE void transpose(vf v[LANES]) {
     }
 }
 
+/* The largest lane; NaN does not count. */
+INLINE float highest(vf v) {
+    UNROLL
+    for (int n = 1; n < LANES; n *= 2) {
+        vf low, high;
+        interleave(v, v, &low, &high);
+        v = larger(high, low);
+    }
+    return v[0];
+}
+
+/* Scores to unnormalised probabilities in place; n is a multiple of LANES. Returns their sum. */
+INLINE float soft(float *scores, int64_t n) {
+    vf top = splat(-INFINITY), total = splat(0.0f);
+    for (int64_t j = 0; j < n; j += LANES) top = larger(load_f(scores + j), top);
+    float best = highest(top);
+    for (int64_t j = 0; j < n; j += LANES) {
+        vf p = exp_f(load_f(scores + j) - best);
+        total += p;
+        store_f(scores + j, p);
+    }
+    return sum(total);
+}
+
 /* scores[t][0:vectors*LANES] = q_t . k_j for n queries; keys [padded, ldk] has one key in each column. */
 INLINE void score_columns(int n, int vectors, const float *q, int64_t padded, const float *keys, int64_t ldk,
                           float *scores) {
@@ -97,13 +121,18 @@ static void NAME(gather_row)(const ragged_row *row, const T *k, int64_t k_token,
     const T *values_before = (const T *)row->values + kv_head * head_dim;
     for (int64_t j = 0; j < n; j += LANES)
         for (int64_t d = 0; d < padded; d += PAIR) {
+            const int plain = j >= row->before && j + LANES <= n && d + PAIR <= head_dim;
+            const T *from = k + (j - row->before) * k_token + d;
             vf a[LANES], b[LANES];
+            UNROLL
             for (int l = 0; l < LANES; l++) {
                 pair key = {splat(0.0f), splat(0.0f)};
-                if (j + l < row->before)
+                if (plain)
+                    key = NAME(load)(from + l * k_token);
+                else if (j + l < row->before)
                     key = NAME(load_some)(keys_before + (j + l) * token + d, head_dim - d);
                 else if (j + l < n)
-                    key = NAME(load_some)(k + (j + l - row->before) * k_token + d, head_dim - d);
+                    key = NAME(load_some)(from + l * k_token, head_dim - d);
                 a[l] = key.a;
                 b[l] = key.b;
             }
@@ -167,13 +196,13 @@ INLINE void NAME(attend_rows)(int n, int64_t t0, const ragged_row *row, const T 
         }
     score_range(n, qs, padded, keys, ldk, first, end, scores);
     for (int t = 0; t < n; t++) {
-        float *s = scores + t * ldk, top;
+        float *s = scores + t * ldk;
         if (window > 0) {
             for (int64_t j = first > before ? first : before; j <= before + t0 + t - window; j++) s[j] = -INFINITY;
             for (int64_t j = before + t0 + t + window; j < last; j++) s[j] = -INFINITY;
         }
         for (int64_t j = last; j < end; j++) s[j] = -INFINITY;
-        factors[t] = 1.0f / NAME(exponentials)(s + first, end - first, &top);
+        factors[t] = 1.0f / soft(s + first, end - first);
     }
     NAME(weigh_rows)(n, scores, ldk, values, padded, first, last, factors, out, out_token, head_dim);
 }
