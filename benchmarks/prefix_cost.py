@@ -96,7 +96,7 @@ def deltas(runner: Any, n: int) -> tuple[Any, Any]:
 
     def placed(delta: Any) -> Any:
         packed = pack(methods.lower(delta, spec), spec, runner.backbone.dtype)
-        return runner.prompt_prefix(packed.to(runner.backbone.device))
+        return runner.finish(packed.to(runner.backbone.device))
 
     prompt = Component("prompt", {}, {"embeddings": draw(n, spec.hidden)})
     shape = (n, spec.kv_heads, spec.head_dim)

@@ -77,8 +77,24 @@ class Engine(Protocol):
     async def wait_ready(self) -> BackboneInfo: ...
 
     def generate(
-        self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
+        self,
+        *,
+        prompt: list[int],
+        sampling: SamplingParams,
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]: ...
+
+    async def score(
+        self,
+        *,
+        prompt: list[int],
+        choices: Sequence[list[int]],
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
+    ) -> list[list[float]]: ...
 
     async def encode(
         self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str

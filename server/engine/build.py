@@ -19,6 +19,7 @@ from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
 from server.engine.kv import SlotKV, token_bytes
 from server.engine.messages import Progress, Reply
+from server.engine.probe import Probe
 from server.engine.process import EngineConfig
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -101,6 +102,7 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | Encod
     return Engine(
         info=info,
         runner=runner,
+        probe=Probe(runner),
         scheduler=scheduler,
         send=send,
         delta_bytes=config.delta_bytes,

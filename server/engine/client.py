@@ -136,11 +136,20 @@ class EngineClient:
         return None if self._process is None else self._process.pid
 
     async def generate(
-        self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
+        self,
+        *,
+        prompt: list[int],
+        sampling: SamplingParams,
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]:
-        """Runs one row. Closing the generator frees it; every other end is a finish reason or an exception."""
+        """Runs one row. Closing the generator frees it; every other end is a finish reason or an exception.
+
+        ``source`` is what an encoder-decoder's encoder reads.
+        """
         async with self._conversation() as (request_id, side, events):
-            side.send(Submit(request_id, tenant, prompt, delta, sampling))
+            side.send(Submit(request_id, tenant, prompt, delta, sampling, list(source)))
             ended = False
             try:
                 while not ended:
@@ -154,6 +163,37 @@ class EngineClient:
             finally:
                 if not ended:
                     side.send(Cancel(request_id))
+
+    async def score(
+        self,
+        *,
+        prompt: list[int],
+        choices: Sequence[list[int]],
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
+    ) -> list[list[float]]:
+        """The log-probability of every token of each choice behind ``prompt``. Raises the first error."""
+        sampling = SamplingParams(max_tokens=0, prompt_logprobs=0)
+
+        async def one(choice: list[int]) -> list[float]:
+            found: list[float] = []
+            rows = self.generate(
+                prompt=[*prompt, *choice], sampling=sampling, delta=delta, tenant=tenant, source=source
+            )
+            async with contextlib.aclosing(rows) as events:
+                async for event in events:
+                    scored = (event.prompt_logprobs or [])[len(prompt) :]
+                    found += [token.logprob for token in scored if token is not None]
+            return found
+
+        tasks = [asyncio.create_task(one(choice)) for choice in choices]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def encode(
         self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from deltas.bank import PackedDelta
 from server.engine.logprobs import prompt_logprobs
 from server.engine.loop import StepLoop
 from server.engine.messages import Encode, Failed, Reply, Step, Submit
-from server.engine.probe import Probe
-from server.engine.runner import Runner, StepOutput
+from server.engine.probe import AnyProbe
+from server.engine.runner import StepOutput, StepRunner
 from server.engine.sampler import RowSampler, sample
 from server.engine.scheduler import Plan, PlannedRow, Scheduler
 from server.engine.sequence import Sequence
@@ -42,7 +43,8 @@ class Engine(StepLoop):
         self,
         *,
         info: BackboneInfo,
-        runner: Runner,
+        runner: StepRunner,
+        probe: AnyProbe[Any],
         scheduler: Scheduler,
         send: Callable[[Reply], None],
         delta_bytes: int,
@@ -51,9 +53,9 @@ class Engine(StepLoop):
         super().__init__(
             info,
             runner.backbone,
-            Probe(runner),
+            probe,
             send,
-            finish=runner.prompt_prefix,
+            finish=runner.finish,
             forget=runner.forget,
             delta_bytes=delta_bytes,
             host_delta_bytes=host_delta_bytes,
@@ -92,6 +94,7 @@ class Engine(StepLoop):
             id=request.id,
             tenant=request.tenant,
             prompt=request.prompt,
+            source=request.source,
             sampling=request.sampling,
             delta=request.delta,
             arrived=time.monotonic(),
@@ -126,11 +129,9 @@ class Engine(StepLoop):
             self._queued.append((seq.started or seq.arrived) - seq.arrived)
             row = self._rows[seq.id]
             row.slot = seq.slot
-            if seq.delta is None or seq.slot is None:
-                continue
-            row.delta = self.residency.acquire(seq.delta.digest)
-            if row.delta.prefix is not None:
-                self.runner.kv.put_prefix(seq.slot, row.delta.prefix)
+            if seq.delta is not None:
+                row.delta = self.residency.acquire(seq.delta.digest)
+            self.runner.begin(seq, row.delta)
 
     def _settle(self, plan: Plan, out: StepOutput) -> None:
         """Samples, ends rows that are done, and tells the client."""
@@ -210,7 +211,7 @@ class Engine(StepLoop):
         """A row has left the scheduler: let go of its delta and its KV pages."""
         row = self._rows.pop(seq.id)
         if row.slot is not None:
-            self.runner.kv.release(row.slot, seq.prefix + seq.computed)
+            self.runner.end(row.slot, seq.prefix + seq.computed)
         if row.delta is not None:
             self.residency.release(seq.digest)
 

@@ -22,13 +22,17 @@ from server.types import (
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
-    """A row to run. ``id`` is the client's, unique while it lives."""
+    """A row to run. ``id`` is the client's, unique while it lives.
+
+    ``source`` is what an encoder-decoder's encoder reads; ``prompt`` then is how its decoder begins.
+    """
 
     id: int
     tenant: str
     prompt: list[int]
     delta: DeltaRef | None
     sampling: SamplingParams
+    source: list[int] = []
 
 
 class Encode(msgspec.Struct, tag="encode", frozen=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from deltas.ops import Mode, Ops
 from server.engine.backbone import Backbone
 from server.engine.kv import Attention, SlotKV
 from server.engine.scheduler import PlannedRow
+from server.engine.sequence import Sequence
 
 HEAD = "head"
 LONGEST_PROMPT = 1024  # tokens of a soft prompt; published ones have 5 to 200
@@ -38,6 +40,23 @@ class StepOutput:
 
     logits: Tensor
     rows: list[RowOutput]
+
+
+class StepRunner(Protocol):
+    """What the step loop needs of who runs its plans."""
+
+    @property
+    def backbone(self) -> Backbone: ...
+
+    def run(self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None]) -> StepOutput: ...
+
+    def begin(self, seq: Sequence, delta: PackedDelta | None) -> None: ...
+
+    def end(self, slot: int, tokens: int) -> None: ...
+
+    def finish(self, delta: PackedDelta) -> PackedDelta: ...
+
+    def forget(self, delta: PackedDelta) -> None: ...
 
 
 @dataclass
@@ -77,6 +96,15 @@ class Runner:
         self.hooks = attach(self.backbone.model, self.backbone.spec, self.ops, prepack=self.prepack)
         self._head_group = next((g.index for g in self.groups if g.sites[0].name == HEAD), None)
 
+    def begin(self, seq: Sequence, delta: PackedDelta | None) -> None:
+        """A row has been given its slot: what its delta puts before it goes there."""
+        if delta is not None and delta.prefix is not None:
+            self.kv.put_prefix(slot_of(seq), delta.prefix)
+
+    def end(self, slot: int, tokens: int) -> None:
+        """A row of so many computed tokens, its delta's among them, has left its slot."""
+        self.kv.release(slot, tokens)
+
     @torch.inference_mode()
     def run(self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None]) -> StepOutput:
         """One forward over the rows' next tokens. ``deltas[i]`` is row i's, None for the backbone alone.
@@ -106,7 +134,7 @@ class Runner:
                 wanted = row.count
             outputs.append(RowOutput(len(lines), wanted))
             lines.extend(range(len(ids) - wanted, len(ids)))
-        slots = [_slot(row) for row in rows]
+        slots = [slot_of(row.seq) for row in rows]
         attention = Attention(self.kv, self.ops.kernels, slots, starts, [row.count for row in rows])
         composition = self._compose(rows, deltas, outputs)
         id_tensor = torch.tensor([ids], device=device)
@@ -127,7 +155,7 @@ class Runner:
         return StepOutput(logits, outputs)
 
     @torch.inference_mode()
-    def prompt_prefix(self, delta: PackedDelta) -> PackedDelta:
+    def finish(self, delta: PackedDelta) -> PackedDelta:
         """Computes a soft prompt's keys and values, with the delta's other patches on: once per digest.
 
         Raises :class:`InvalidDelta` for a prompt that is too long: it is one forward, and every row waits for it.
@@ -185,7 +213,8 @@ class Runner:
         return self._kept
 
 
-def _slot(row: PlannedRow) -> int:
-    if row.seq.slot is None:
-        raise RuntimeError(f"row {row.seq.id} was planned without a KV slot")
-    return row.seq.slot
+def slot_of(seq: Sequence) -> int:
+    """The slot of a row that runs."""
+    if seq.slot is None:
+        raise RuntimeError(f"row {seq.id} was planned without a KV slot")
+    return seq.slot

@@ -21,6 +21,7 @@ class Sequence:
     prompt: list[int]
     sampling: SamplingParams
     delta: DeltaRef | None = None
+    source: list[int] = field(default_factory=list)  # what an encoder-decoder's encoder reads; else empty
     output: list[int] = field(default_factory=list)
     prefix: int = (
         0  # tokens of KV that the delta's prompt or prefix puts before the row's own; known at admission

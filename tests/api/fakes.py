@@ -152,6 +152,17 @@ class FakeEngine:
     ) -> list[Vector]:
         return [Vector(array("f", [float(len(row)), 1.0]).tobytes()) for row in rows]
 
+    async def score(
+        self,
+        *,
+        prompt: list[int],
+        choices: Sequence[list[int]],
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
+    ) -> list[list[float]]:
+        return [[-token / 256 for token in choice] for choice in choices]
+
     async def load(self, delta: DeltaRef) -> ProbeResult:
         if self.load_failure is not None:
             raise self.load_failure
@@ -161,7 +172,13 @@ class FakeEngine:
         self.dropped.append(digest)
 
     async def generate(
-        self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
+        self,
+        *,
+        prompt: list[int],
+        sampling: SamplingParams,
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]:
         self.calls.append(Call(prompt, sampling, delta, tenant))
         self.running += 1
