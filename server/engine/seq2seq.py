@@ -195,7 +195,7 @@ class Seq2SeqRunner:
             self.hooks.plan = see(self._plan(deltas, own))
             embedded = _with_prompts(self.stacks.embed(ids), own, [row.prompt for row in firsts])
             self.hooks.plan = see(self._plan(deltas, lengths))
-            attention = RaggedAttention(lengths, deltas, device, self.stacks.encoder_bias)
+            attention = RaggedAttention(lengths, deltas, device, bias=self.stacks.encoder_bias)
             encoded = self.stacks.encode(embedded, positions, attention)
             self._keep(encoded, lengths, list(alike.values()))
         finally:
