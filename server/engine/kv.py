@@ -26,6 +26,7 @@ class SlotKV:
     ) -> None:
         shape = (slots, spec.layers, 2, spec.kv_heads, capacity, spec.head_dim)
         self.capacity = capacity
+        self._written = [0] * slots  # the most tokens since the slot was emptied
         self._map: mmap.mmap | None = None
         self._slot_bytes = token_bytes(spec, dtype) * capacity
         if device.type == "cpu":
@@ -47,10 +48,19 @@ class SlotKV:
         """A copy of the first ``length`` tokens of a slot, ``[layers, 2, kv_heads, length, head_dim]``."""
         return self.data[slot, :, :, :, :length].clone()
 
-    def release(self, slot: int, length: int) -> None:
-        """A row of ``length`` tokens left its slot."""
-        if self._map is not None and length > RETURN_PAGES_ABOVE:
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """The first ``length`` tokens of another slot."""
+        self.data[slot, :, :, :, :length] = self.data[source, :, :, :, :length]
+
+    def left(self, slot: int, length: int) -> None:
+        """A row of ``length`` tokens left its slot; what it wrote stays."""
+        self._written[slot] = max(self._written[slot], length)
+
+    def empty(self, slot: int) -> None:
+        """Gives the slot's memory back, if it is much; what was written there is lost."""
+        if self._map is not None and self._written[slot] > RETURN_PAGES_ABOVE:
             self._map.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
+            self._written[slot] = 0
 
 
 def token_bytes(spec: BackboneSpec, dtype: torch.dtype) -> int:

@@ -54,6 +54,8 @@ class StepRunner(Protocol):
 
     def end(self, slot: int, tokens: int) -> None: ...
 
+    def empty(self, slot: int) -> None: ...
+
     def finish(self, delta: PackedDelta) -> PackedDelta: ...
 
     def forget(self, delta: PackedDelta) -> None: ...
@@ -97,13 +99,23 @@ class Runner:
         self._head_group = next((g.index for g in self.groups if g.sites[0].name == HEAD), None)
 
     def begin(self, seq: Sequence, delta: PackedDelta | None) -> None:
-        """A row has been given its slot: what its delta puts before it goes there."""
-        if delta is not None and delta.prefix is not None:
-            self.kv.put_prefix(slot_of(seq), delta.prefix)
+        """A row has been given its slot: what it shares with another, or what its delta puts before it, goes there."""
+        slot = slot_of(seq)
+        if seq.copied_from == slot:
+            return
+        self.kv.empty(slot)
+        if seq.copied_from is not None:
+            self.kv.copy(seq.copied_from, slot, seq.prefix + seq.computed)
+        elif delta is not None and delta.prefix is not None:
+            self.kv.put_prefix(slot, delta.prefix)
 
     def end(self, slot: int, tokens: int) -> None:
-        """A row of so many computed tokens, its delta's among them, has left its slot."""
-        self.kv.release(slot, tokens)
+        """A row of so many computed tokens, its delta's among them, has left its slot; others may use what is there."""
+        self.kv.left(slot, tokens)
+
+    def empty(self, slot: int) -> None:
+        """Nobody will use what is in a slot."""
+        self.kv.empty(slot)
 
     @torch.inference_mode()
     def run(self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None]) -> StepOutput:
@@ -129,9 +141,7 @@ class Runner:
                 tokens = seq.prompt + seq.output
                 ids.extend(tokens[row.start : row.start + row.count])
                 positions.extend(range(first, first + row.count))
-            wanted = 1 if row.samples else 0
-            if seq.sampling.prompt_logprobs is not None and row.start < len(seq.prompt):
-                wanted = row.count
+            wanted = max(1 if row.samples else 0, row.count - unscored(row))
             outputs.append(RowOutput(len(lines), wanted))
             lines.extend(range(len(ids) - wanted, len(ids)))
         slots = [slot_of(row.seq) for row in rows]
@@ -211,6 +221,14 @@ class Runner:
         lines = sum(out.count for out in outputs)
         self._kept = _Composition(key, self.ops.plan(body, at), self.ops.plan(head, lines))
         return self._kept
+
+
+def unscored(row: PlannedRow) -> int:
+    """How many of the row's tokens, from its first on, predict no prompt token whose log-probability is wanted."""
+    seq, sampling = row.seq, row.seq.sampling
+    if sampling.prompt_logprobs is None or row.start >= len(seq.prompt):
+        return row.count
+    return min(row.count, max(0, sampling.prompt_logprobs_from - 1 - row.start))
 
 
 def slot_of(seq: Sequence) -> int:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from server.engine.sequence import Sequence
+from server.engine.sharing import key_of, share, waits
+from server.engine.slots import Held, SlotPool
 from server.engine.waiting import FairQueue
 from server.errors import ContextTooLong, InvalidRequest, Unavailable
 
@@ -43,13 +45,14 @@ class Plan:
     ``rows`` are decode rows (count 1), then prefill chunks; within each of the two, rows of one delta are
     adjacent, base rows first, otherwise in order of admission. ``admitted`` got a slot in this call and
     ``rejected`` turned out not to fit behind their delta's prefix: they are gone from the scheduler and must
-    be answered with an error.
+    be answered with an error. The memory of ``emptied`` slots may be given back once the admitted have begun.
     """
 
     rows: list[PlannedRow]
     decode_rows: int
     admitted: list[Sequence] = field(default_factory=list)
     rejected: list[Sequence] = field(default_factory=list)
+    emptied: list[int] = field(default_factory=list)
 
     @property
     def composition(self) -> tuple[tuple[int, int], ...]:
@@ -60,6 +63,14 @@ class Plan:
     def tokens(self) -> int:
         """How many tokens the step computes."""
         return sum(row.count for row in self.rows)
+
+
+@dataclass(slots=True)
+class CacheCounts:
+    """Prompt tokens of admitted rows, and how many of them were not computed again."""
+
+    queried: int = 0
+    hit: int = 0
 
 
 class Scheduler:
@@ -94,10 +105,9 @@ class Scheduler:
         self._known: dict[int, Sequence] = {}
         self._queue: FairQueue[Sequence] = FairQueue(weights)
         self._running: dict[int, Sequence] = {}  # in order of admission
-        self._free = list(
-            range(max_rows - 1, -1, -1)
-        )  # the slot freed last is used first: its memory is warm
+        self._pool = SlotPool(max_rows)
         self._kv_used = 0
+        self.cache = CacheCounts()
 
     @property
     def rows_running(self) -> int:
@@ -146,11 +156,11 @@ class Scheduler:
             self._forget(seq)
         return seq
 
-    def finish(self, seq: Sequence) -> None:
-        """A row has ended, well or badly: its slot and its reservation are free again."""
+    def finish(self, seq: Sequence, *, sound: bool = True) -> None:
+        """A row has ended: its slot and its reservation are free again. Nobody uses what an un``sound`` one computed."""
         if self._known.get(seq.id) is not seq:
             raise ValueError(f"row {seq.id} is not in the scheduler")
-        self._forget(seq)
+        self._forget(seq, sound=sound)
 
     def fail_waiting(self, digest: str) -> list[Sequence]:
         """Take out the waiting rows of a delta that cannot be loaded; the caller answers them."""
@@ -196,14 +206,14 @@ class Scheduler:
         (Preemption belongs here later: ``_release`` a running row, set its ``computed`` to 0, and put it
         back at the front of its tenant's line.)
         """
-        if not self._free or not self.rows_waiting:
+        if not len(self._pool) or not self.rows_waiting:
             return
         loading: set[str] = set()  # ask once a call about each delta
 
         def take(seq: Sequence) -> bool | None:
-            if not self._free:
+            if not len(self._pool):
                 return None
-            if seq.digest in loading:
+            if seq.digest in loading or waits(seq):
                 return False
             prefix = ready(seq)
             if prefix is None:
@@ -217,7 +227,14 @@ class Scheduler:
             reserved = prefix + len(seq.prompt) + limit
             if self._kv_used + reserved > self.kv_tokens:
                 return None
-            seq.prefix, seq.limit, seq.slot = prefix, limit, self._free.pop()
+            shared = share(seq, self._running.values(), self._pool)
+            seq.behind = shared.behind
+            if seq.behind is not None:
+                return False
+            seq.prefix, seq.limit, seq.slot = prefix, limit, self._pool.take(shared.slot, shared.count)
+            seq.copied_from, seq.computed, seq.cached = shared.slot, shared.count, shared.count
+            self.cache.queried += len(seq.prompt)
+            self.cache.hit += seq.cached
             self._kv_used += reserved
             self._running[seq.id] = seq
             if seq.started is None:
@@ -231,6 +248,8 @@ class Scheduler:
         self._queue.offer(take, backlog)
         for seq in plan.rejected:
             self._forget(seq)
+        self._pool.shrink(self.kv_tokens - self._kv_used)
+        plan.emptied = self._pool.empty()
 
     def _chunks(self, rows: list[Sequence]) -> dict[int, int]:
         """How many tokens of each prefilling row to compute, by row id.
@@ -246,27 +265,30 @@ class Scheduler:
         _share(short, left + self.prefill_tokens // 2, counts)
         return counts
 
-    def _forget(self, seq: Sequence) -> None:
+    def _forget(self, seq: Sequence, *, sound: bool = True) -> None:
         del self._known[seq.id]
         if seq.slot is None:
             self._queue.remove(seq)
         else:
-            self._release(seq)
+            self._release(seq, sound=sound)
         self._queue.leave(seq.tenant)
 
-    def _release(self, seq: Sequence) -> None:
-        """Give back a running row's slot and reservation."""
+    def _release(self, seq: Sequence, *, sound: bool) -> None:
+        """Give back a running row's slot and reservation; what it computed stays there for others, if it is ``sound``."""
         if seq.slot is None:
             raise IntegrityError(f"row {seq.id} has no slot to give back")
         del self._running[seq.id]
         self._kv_used -= seq.reserved
-        self._free.append(seq.slot)
+        held = (
+            Held(key_of(seq), seq.tokens(0, seq.computed), seq.prefix) if sound and not seq.source else None
+        )
+        self._pool.put(seq.slot, seq.prefix + seq.computed, held)
         seq.slot = None
 
     def _problems(self) -> Iterator[str]:
         held = [seq.slot for seq in self._running.values()]
-        if sorted(self._free + [slot for slot in held if slot is not None]) != list(range(self.max_rows)):
-            yield f"slots do not add up: free {self._free}, held {held}"
+        if sorted([*self._pool, *(slot for slot in held if slot is not None)]) != list(range(self.max_rows)):
+            yield f"slots do not add up: free {[*self._pool]}, held {held}"
         if self._kv_used != sum(seq.reserved for seq in self._running.values()):
             yield f"{self._kv_used} KV tokens counted, not what running rows reserve"
         if self._kv_used > self.kv_tokens:

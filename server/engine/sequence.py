@@ -28,6 +28,9 @@ class Sequence:
     )
     slot: int | None = None  # the row's place in the KV cache, while it runs
     computed: int = 0  # how many of prompt + output have keys and values
+    copied_from: int | None = None  # the slot that had the first of them at admission (maybe its own), if any
+    cached: int = 0  # how many those were
+    behind: Sequence | None = None  # the running row whose keys and values this one waits to share
     limit: int = field(init=False)  # most output tokens: max_tokens, clipped to the slot at admission
     arrived: float = 0.0  # seconds, monotonic clock
     started: float | None = None  # when it was first admitted
