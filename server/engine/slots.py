@@ -99,6 +99,8 @@ class SlotPool:
 def common(a: Tokens[int], b: Tokens[int]) -> int:
     """How many tokens two rows begin with alike."""
     low, high = 0, min(len(a), len(b))
+    if not high or a[0] != b[0]:
+        return 0
     if a[:high] == b[:high]:
         return high
     while high - low > 1:  # a[:low] and b[:low] are equal, a[:high] and b[:high] are not
