@@ -18,6 +18,7 @@ from deltas.groups import SiteGroup, site_groups
 from deltas.ops import Mode, Ops
 from server.engine.backbone import Backbone
 from server.engine.kv import Attention, SlotKV
+from server.engine.lean import LeanDecoder
 from server.engine.scheduler import PlannedRow
 from server.engine.sequence import Sequence
 
@@ -96,6 +97,7 @@ class Runner:
         self.groups: list[SiteGroup] = site_groups(self.backbone.spec)
         self.ops = Ops(len(self.groups), self.backbone.device, self.backbone.dtype, self.mode)
         self.hooks = attach(self.backbone.model, self.backbone.spec, self.ops, prepack=self.prepack)
+        self.lean_body = LeanDecoder.of(self.backbone, self.ops.kernels)
         self._head_group = next((g.index for g in self.groups if g.sites[0].name == HEAD), None)
 
     def begin(self, seq: Sequence, delta: PackedDelta | None) -> None:
@@ -197,6 +199,8 @@ class Runner:
 
         ``positions`` ``[1, tokens]``; ``inputs`` are ``input_ids`` or ``inputs_embeds``.
         """
+        if self.lean_body is not None:
+            return self.lean_body(attention, positions, **inputs)
         out = self.backbone.model.base_model(
             **inputs, position_ids=positions, use_cache=False, deltaserve_attention=attention
         )
