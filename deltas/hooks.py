@@ -15,7 +15,7 @@ from deltas.ops import Ops
 from deltas.ops.native import Kernels
 from deltas.sites import Site
 
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
 # RMS norms that scale by one more than their weight, and round once
 _CENTRED_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 

@@ -118,7 +118,7 @@ class Engine(StepLoop):
         if seq.delta is None:
             return 0
         delta = self.residency.resident(seq.delta)
-        return None if delta is None else delta.prefix_length
+        return None if delta is None else self.runner.before(delta)
 
     def _begin(self, plan: Plan) -> None:
         """Gives admitted rows their delta and its prefix; answers those that cannot fit."""

@@ -76,9 +76,12 @@ class CacheCounts:
 class Scheduler:
     """Owns the waiting rows, the running rows, the KV slots and the KV token budget. Not thread-safe.
 
-    ``max_rows`` slots of ``slot_tokens`` tokens each; all reservations together stay within ``kv_tokens``; at
-    most ``prefill_tokens`` prompt tokens a step; at most ``max_waiting`` rows wait. ``weights`` are tenants'
-    shares (1.0 where absent).
+    ``max_rows`` slots of ``slot_tokens`` tokens each, and of ``source_tokens`` of an encoder's (0: there is none); all
+    reservations together stay within ``kv_tokens``; at most ``prefill_tokens`` prompt tokens a step; at most
+    ``max_waiting`` rows wait. ``weights`` are tenants' shares (1.0 where absent).
+
+    A source is read whole in the step in which its row begins, and counts as prompt tokens; one that is longer than a
+    step's budget is read by itself.
     """
 
     def __init__(
@@ -89,18 +92,23 @@ class Scheduler:
         kv_tokens: int,
         prefill_tokens: int,
         max_waiting: int,
+        source_tokens: int = 0,
         weights: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if min(max_rows, slot_tokens, prefill_tokens, max_waiting) < 1:
             raise ValueError("every size of the scheduler must be at least 1")
-        if kv_tokens < slot_tokens:
-            raise ValueError(f"a KV budget of {kv_tokens} tokens cannot hold one slot of {slot_tokens}")
+        if kv_tokens < slot_tokens + source_tokens:
+            raise ValueError(
+                f"a KV budget of {kv_tokens} tokens cannot hold one slot of {slot_tokens} and a source of "
+                f"{source_tokens}"
+            )
         self.max_rows = max_rows
         self.slot_tokens = slot_tokens
         self.kv_tokens = kv_tokens
         self.prefill_tokens = prefill_tokens
         self.max_waiting = max_waiting
+        self.source_tokens = source_tokens
         self._clock = clock
         self._known: dict[int, Sequence] = {}
         self._queue: FairQueue[Sequence] = FairQueue(weights)
@@ -142,6 +150,13 @@ class Scheduler:
             raise ContextTooLong(
                 f"the prompt has {len(seq.prompt)} tokens; the context holds {self.slot_tokens}, "
                 "at least one of them for the answer",
+                param="prompt",
+            )
+        if self.source_tokens and not seq.source:
+            raise InvalidRequest("the prompt is empty: the encoder has nothing to read", param="prompt")
+        if len(seq.source) > self.source_tokens:
+            raise ContextTooLong(
+                f"the source has {len(seq.source)} tokens; the encoder reads at most {self.source_tokens}",
                 param="prompt",
             )
         if self.rows_waiting >= self.max_waiting:
@@ -189,7 +204,7 @@ class Scheduler:
             plan.rows.append(PlannedRow(seq, seq.computed, count, samples))
         plan.decode_rows = len(decode)
         for row in plan.rows:
-            self._queue.charge(row.seq.tenant, row.count)
+            self._queue.charge(row.seq.tenant, row.count + row.seq.unread)
         return plan
 
     def check_integrity(self) -> None:
@@ -224,7 +239,7 @@ class Scheduler:
                 plan.rejected.append(seq)
                 return False
             limit = min(seq.sampling.max_tokens, room)
-            reserved = prefix + len(seq.prompt) + limit
+            reserved = prefix + len(seq.prompt) + limit + len(seq.source)
             if self._kv_used + reserved > self.kv_tokens:
                 return None
             shared = share(seq, self._running.values(), self._pool)
@@ -260,9 +275,10 @@ class Scheduler:
         """
         counts: dict[int, int] = {}
         fair = sorted(rows, key=lambda seq: self._queue.served(seq.tenant))
-        short = sorted(rows, key=lambda seq: seq.uncomputed)
-        left = _share(fair, (self.prefill_tokens + 1) // 2, counts)
-        _share(short, left + self.prefill_tokens // 2, counts)
+        left = _share((seq for seq in fair if not seq.unread), (self.prefill_tokens + 1) // 2, counts)
+        left = _begin((seq for seq in fair if seq.unread), left + self.prefill_tokens // 2, counts)
+        short = sorted((seq for seq in rows if not seq.unread or seq.id in counts), key=_uncomputed)
+        _share(short, left, counts)
         return counts
 
     def _forget(self, seq: Sequence, *, sound: bool = True) -> None:
@@ -296,7 +312,7 @@ class Scheduler:
         for seq in self._running.values():
             if not (
                 0 <= seq.computed <= seq.length
-                and seq.prefix + seq.length <= seq.reserved <= self.slot_tokens
+                and seq.prefix + seq.length <= seq.reserved - len(seq.source) <= self.slot_tokens
             ):
                 yield f"row {seq.id}: computed {seq.computed}, length {seq.length}, reserved {seq.reserved}"
         waiting = list(self._queue)
@@ -309,6 +325,25 @@ class Scheduler:
 
 def _digest(seq: Sequence) -> str:
     return seq.digest
+
+
+def _uncomputed(seq: Sequence) -> int:
+    return seq.uncomputed
+
+
+def _begin(rows: Iterable[Sequence], budget: int, counts: dict[int, int]) -> int:
+    """Lets rows begin in order, with their whole source and one token each, until one does not fit; returns what is left.
+
+    The first begins in any case, and the first that does not fit ends it, so that none is passed over for ever.
+    """
+    began = False
+    for seq in rows:
+        if began and seq.unread + 1 > budget:
+            break
+        began = True
+        counts[seq.id] = 1
+        budget -= seq.unread + 1
+    return budget
 
 
 def _share(rows: Iterable[Sequence], budget: int, counts: dict[int, int]) -> int:

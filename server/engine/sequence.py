@@ -49,6 +49,11 @@ class Sequence:
         return self.length - self.computed
 
     @property
+    def unread(self) -> int:
+        """Tokens of its source that an encoder reads in the step in which the row begins."""
+        return 0 if self.computed else len(self.source)
+
+    @property
     def remaining(self) -> int:
         """How many more tokens may be sampled; at 0 the row ends with ``length`` once all is computed."""
         return self.limit - len(self.output)
@@ -71,7 +76,7 @@ class Sequence:
     @property
     def reserved(self) -> int:
         """KV tokens set aside while the row runs: all that it can ever need."""
-        return self.prefix + len(self.prompt) + self.limit
+        return self.prefix + len(self.prompt) + self.limit + len(self.source)
 
     def tokens(self, start: int, count: int) -> list[int]:
         """``count`` tokens of prompt and output from ``start`` on."""
