@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,30 +54,24 @@ DECODERS: Mapping[str, Callable[[], PretrainedConfig]] = {
 
 @dataclass(frozen=True)
 class Encoder:
-    """A configuration, and how PEFT's configs name its parts: a layer's linears, those whose input IA3 scales, and by
-    task the modules of the head that must be named for PEFT to save them.
+    """A configuration, and what PEFT must be told of its model (``peft_reference.FAMILIES`` has the names of its parts).
+
+    ``head``: by task, the modules of the head that are saved only if they are named. ``prompt``: options of prompt
+    configs that PEFT does not find in the configuration. ``prefix``: whether the model takes PEFT's prefixes.
     """
 
     config: Callable[[], PretrainedConfig]
-    linears: tuple[str, ...]
-    feedforward: tuple[str, ...]
-    head: Mapping[str, tuple[str, ...]]
+    head: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prompt: Mapping[str, Any] = field(default_factory=dict)
+    prefix: bool = True
 
-
-_BERT = ("query", "key", "value", "intermediate.dense", "output.dense")
 
 ENCODERS: Mapping[str, Encoder] = {
     "bert": Encoder(
-        lambda: BertConfig(**_SIZES, intermediate_size=tiny.INNER),
-        _BERT,
-        ("output.dense",),
-        {"SEQ_CLS": ("pooler",)},
+        lambda: BertConfig(**_SIZES, intermediate_size=tiny.INNER), head={"SEQ_CLS": ("pooler",)}
     ),
     "roberta": Encoder(
-        lambda: RobertaConfig(**_SIZES, **_SPECIAL, intermediate_size=tiny.INNER, pad_token_id=3),
-        _BERT,
-        ("output.dense",),
-        {},
+        lambda: RobertaConfig(**_SIZES, **_SPECIAL, intermediate_size=tiny.INNER, pad_token_id=3)
     ),
 }
 """By family."""

@@ -32,7 +32,7 @@ from server.engine import backbone as backbones
 from server.engine.encoder import EncoderRow, EncoderRunner
 from tests.encoders import add_tokenizer
 from tests.oracle import lengths
-from tests.oracle.lengths import Encoder
+from tests.oracle.peft_reference import FAMILIES
 from tests.oracle.rows import same
 from tests.oracle.test_peft_decoders import saved, stock, upload
 from tests.unit.engine.test_encoder_engine import Harness
@@ -48,27 +48,28 @@ MODELS: dict[str | None, Any] = {
 }
 
 
-def cases(family: Encoder) -> dict[str, tuple[PeftConfig, int]]:
+def cases(family: str) -> dict[str, tuple[PeftConfig, int]]:
     """By name: what PEFT trains, and the number of labels."""
+    encoder, parts = lengths.ENCODERS[family], FAMILIES[family]
+    some: dict[str, Any] = {"target_modules": [*parts.query_value]}
+    every: dict[str, Any] = {"target_modules": [*parts.linears]}
+    scaled = every | {"feedforward_modules": [*parts.feedforward]}
+    before = peft.PrefixTuningConfig if encoder.prefix else peft.PromptTuningConfig
 
     def task(name: str) -> dict[str, Any]:
-        return {"task_type": name, "modules_to_save": list(family.head.get(name, ())) or None}
+        return {"task_type": name, "modules_to_save": list(encoder.head.get(name, ())) or None}
 
-    def ia3(name: str) -> PeftConfig:
-        targets = [*family.linears]
-        return peft.IA3Config(target_modules=targets, feedforward_modules=[*family.feedforward], **task(name))
-
-    everywhere: dict[str, Any] = {"target_modules": [*family.linears]}
+    classify, tag = task("SEQ_CLS"), task("TOKEN_CLS")
     return {
-        "two labels": (peft.LoraConfig(r=3, lora_alpha=5, **task("SEQ_CLS")), 2),
-        "three labels": (peft.PrefixTuningConfig(num_virtual_tokens=6, **task("SEQ_CLS")), 3),
-        "five labels": (peft.LoraConfig(r=5, lora_alpha=7, use_dora=True, **task("SEQ_CLS")), 5),
-        "151 labels": (ia3("SEQ_CLS"), 151),
-        "a number": (peft.PromptTuningConfig(num_virtual_tokens=11, **task("SEQ_CLS")), 1),
-        "tags": (peft.LoraConfig(r=17, lora_alpha=4, bias="all", **everywhere, **task("TOKEN_CLS")), 7),
-        "two tags": (ia3("TOKEN_CLS"), 2),
-        "words": (peft.LoraConfig(r=4, lora_alpha=6), 0),
-        "vectors": (peft.LoraConfig(r=2, lora_alpha=3, **everywhere, task_type="FEATURE_EXTRACTION"), 0),
+        "two labels": (peft.LoraConfig(r=3, lora_alpha=5, **some, **classify), 2),
+        "three labels": (before(num_virtual_tokens=6, **encoder.prompt, **classify), 3),
+        "five labels": (peft.LoraConfig(r=5, lora_alpha=7, use_dora=True, **some, **classify), 5),
+        "151 labels": (peft.IA3Config(**scaled, **classify), 151),
+        "a number": (peft.PromptTuningConfig(num_virtual_tokens=11, **encoder.prompt, **classify), 1),
+        "tags": (peft.LoraConfig(r=17, lora_alpha=4, bias="all", **every, **tag), 7),
+        "two tags": (peft.IA3Config(**scaled, **tag), 2),
+        "words": (peft.LoraConfig(r=4, lora_alpha=6, **some), 0),
+        "vectors": (peft.LoraConfig(r=2, lora_alpha=3, **every, task_type="FEATURE_EXTRACTION"), 0),
     }
 
 
@@ -110,7 +111,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     add_tokenizer(folder)
     spec, frozen = describe(encoder.config(), "oracle"), FrozenTensors(folder)
     tuned = {}
-    for seed, (name, (config, labels)) in enumerate(cases(encoder).items()):
+    for seed, (name, (config, labels)) in enumerate(cases(request.param).items()):
         options = {"num_labels": labels} if labels else {}
         model = saved(scratch / name, config, folder, seed, MODELS[config.task_type], **options)
         tuned[name] = Tuned(read(upload(scratch / name), spec, frozen), model)
