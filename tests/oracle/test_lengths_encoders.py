@@ -69,7 +69,7 @@ def cases(family: str) -> dict[str, tuple[PeftConfig, int]]:
         "tags": (peft.LoraConfig(r=17, lora_alpha=4, bias="all", **every, **tag), 7),
         "two tags": (peft.IA3Config(**scaled, **tag), 2),
         "words": (peft.LoraConfig(r=4, lora_alpha=6, **some), 0),
-        "vectors": (peft.LoraConfig(r=2, lora_alpha=3, **every, task_type="FEATURE_EXTRACTION"), 0),
+        "vectors": (peft.LoraConfig(r=2, lora_alpha=1, **every, task_type="FEATURE_EXTRACTION"), 0),
     }
 
 
