@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, RobertaConfig
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    RobertaConfig,
+)
 
 from tests.unit.backbones import tiny
 
