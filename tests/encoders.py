@@ -17,6 +17,11 @@ SPECIAL = {"[PAD]": 0, "[UNK]": 2, "[CLS]": 3, "[SEP]": 4}
 def write_encoder(folder: Path, family: str) -> Path:
     """``bert`` or ``roberta`` of the fixtures, with words ``w5`` to ``w60``, one token each, between [CLS] and [SEP]."""
     shutil.copytree(BACKBONES / family, folder)
+    return add_tokenizer(folder)
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """The same words for any folder's model that has 61 tokens."""
     tokenizer = Tokenizer(models.WordLevel(SPECIAL | {f"w{n}": n for n in range(5, 5 + WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

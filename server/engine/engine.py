@@ -17,7 +17,7 @@ from server.engine.logprobs import prompt_logprobs
 from server.engine.loop import StepLoop
 from server.engine.messages import Encode, Failed, Reply, Step, Submit
 from server.engine.probe import AnyProbe
-from server.engine.runner import StepOutput, StepRunner
+from server.engine.runner import StepOutput, StepRunner, unscored
 from server.engine.sampler import RowSampler, sample
 from server.engine.scheduler import Plan, PlannedRow, Scheduler
 from server.engine.sequence import Sequence
@@ -125,13 +125,20 @@ class Engine(StepLoop):
         for seq in plan.rejected:
             limit = self.scheduler.slot_tokens
             self._fail(seq, "context_length_exceeded", f"prompt and delta prefix exceed {limit} tokens")
-        for seq in plan.admitted:
-            self._queued.append((seq.started or seq.arrived) - seq.arrived)
+        for seq in plan.preempted:
             row = self._rows[seq.id]
+            self._let_go(seq, row)
+            row.prompt_logprobs.clear()  # they come again
+        for seq in plan.admitted:
+            row = self._rows[seq.id]
+            if not seq.output:
+                self._queued.append((seq.started or seq.arrived) - seq.arrived)
             row.slot = seq.slot
             if seq.delta is not None:
                 row.delta = self.residency.acquire(seq.delta.digest)
             self.runner.begin(seq, row.delta)
+        for slot in plan.emptied:
+            self.runner.empty(slot)
 
     def _settle(self, plan: Plan, out: StepOutput) -> None:
         """Samples, ends rows that are done, and tells the client."""
@@ -158,15 +165,16 @@ class Engine(StepLoop):
                 continue
             logprob = logprobs.get(i)
             kept = self._rows[seq.id]
-            first = len(seq.output) <= 1 and kept.prompt_logprobs
+            first = len(seq.output) == (0 if token is None else 1)
             events.append(
                 (
                     seq.id,
                     TokenEvent(
                         token_ids=[] if token is None else [token],
                         logprobs=None if logprob is None else [logprob],
-                        prompt_logprobs=kept.prompt_logprobs if first else None,
+                        prompt_logprobs=(kept.prompt_logprobs or None) if first else None,
                         finish_reason=reason,
+                        cached_tokens=seq.cached if first else 0,
                     ),
                 )
             )
@@ -183,10 +191,10 @@ class Engine(StepLoop):
         if top is None or row.start >= len(seq.prompt):
             return
         kept = self._rows[seq.id].prompt_logprobs
-        if row.start == 0:
+        if row.start == 0 and seq.sampling.prompt_logprobs_from == 0:
             kept.append(None)
-        targets = seq.prompt[row.start + 1 : row.start + count + 1]
         first = out.rows[i].first
+        targets = seq.prompt[row.start + unscored(row) + 1 : row.start + count + 1]
         if targets:
             kept.extend(prompt_logprobs(out.logits[first : first + len(targets)], targets, top))
 
@@ -200,7 +208,7 @@ class Engine(StepLoop):
     def _poisoned(self, seq: Sequence) -> None:
         """A row's logits are not numbers; neighbours are fine."""
         message = self._poison(seq.delta)
-        self.scheduler.finish(seq)
+        self.scheduler.finish(seq, sound=False)
         self._fail(seq, RowFailed.code, message)
 
     def _fail(self, seq: Sequence, code: str, message: str) -> None:
@@ -209,11 +217,14 @@ class Engine(StepLoop):
 
     def _close(self, seq: Sequence) -> None:
         """A row has left the scheduler: let go of its delta and its KV pages."""
-        row = self._rows.pop(seq.id)
+        self._let_go(seq, self._rows.pop(seq.id))
+
+    def _let_go(self, seq: Sequence, row: _Row) -> None:
         if row.slot is not None:
-            self.runner.end(row.slot, seq.prefix + seq.computed)
+            self.runner.end(row.slot)
         if row.delta is not None:
             self.residency.release(seq.digest)
+        row.slot = row.delta = None
 
     def _fail_waiting(self, digest: str, code: str, message: str) -> None:
         for seq in self.scheduler.fail_waiting(digest):
@@ -225,4 +236,7 @@ class Engine(StepLoop):
             rows_waiting=self.scheduler.rows_waiting,
             kv_tokens_used=self.scheduler.kv_tokens_used,
             kv_tokens_total=self.scheduler.kv_tokens,
+            preemptions=self.scheduler.preemptions,
+            prefix_cache_queries=self.scheduler.cache.queried,
+            prefix_cache_hits=self.scheduler.cache.hit,
         )

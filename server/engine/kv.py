@@ -28,6 +28,7 @@ class SlotKV:
     ) -> None:
         shape = (slots, spec.layers, 2, spec.kv_heads, capacity, spec.head_dim)
         self.capacity = capacity
+        self._written = [0] * slots  # the most tokens since the slot was emptied
         self._map: mmap.mmap | None = None
         self._slot_bytes = token_bytes(spec, dtype) * capacity
         if device.type == "cpu":
@@ -59,10 +60,20 @@ class SlotKV:
         """A copy of the first ``length`` tokens of a slot, ``[layers, 2, kv_heads, length, head_dim]``."""
         return self.data[slot, :, :, :, :length].clone()
 
-    def release(self, slot: int, length: int) -> None:
-        """A row of ``length`` tokens left its slot."""
-        if self._map is not None and length > RETURN_PAGES_ABOVE:
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """The first ``length`` tokens of another slot."""
+        self.note(slot, length)
+        self.data[slot, :, :, :, :length] = self.data[source, :, :, :, :length]
+
+    def note(self, slot: int, length: int) -> None:
+        """The first ``length`` tokens of a slot are being written."""
+        self._written[slot] = max(self._written[slot], length)
+
+    def empty(self, slot: int) -> None:
+        """Gives the slot's memory back, if it is much; what was written there is lost."""
+        if self._map is not None and self._written[slot] > RETURN_PAGES_ABOVE:
             self._map.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
+            self._written[slot] = 0
 
 
 def token_bytes(spec: BackboneSpec, dtype: torch.dtype) -> int:
@@ -100,6 +111,8 @@ class Attention:
         self._added: dict[int, Tensor] = {}  # by first token
         device = kv.data.device
         self.rows = list(zip(slots, starts, counts, strict=True))
+        for slot, start, count in self.rows:
+            kv.note(slot, start + count)
         self.token_slots = torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=device)
         self.token_positions = torch.tensor(
             [p for _, b, c in self.rows for p in range(b, b + c)], device=device

@@ -19,6 +19,7 @@ from deltas.ops import Mode, Ops
 from server.engine.backbone import Backbone
 from server.engine.composition import Compositions
 from server.engine.kv import Attention, SlotKV
+from server.engine.lean import LeanDecoder
 from server.engine.scheduler import PlannedRow
 from server.engine.sequence import Sequence
 
@@ -54,7 +55,9 @@ class StepRunner(Protocol):
 
     def begin(self, seq: Sequence, delta: PackedDelta | None) -> None: ...
 
-    def end(self, slot: int, tokens: int) -> None: ...
+    def end(self, slot: int) -> None: ...
+
+    def empty(self, slot: int) -> None: ...
 
     def finish(self, delta: PackedDelta) -> PackedDelta: ...
 
@@ -86,6 +89,7 @@ class Runner:
         self.groups: list[SiteGroup] = site_groups(self.backbone.spec)
         self.ops = Ops(len(self.groups), self.backbone.device, self.backbone.dtype, self.mode)
         self.hooks = attach(self.backbone.model, self.backbone.spec, self.ops, prepack=self.prepack)
+        self.lean_body = LeanDecoder.of(self.backbone, self.ops.kernels)
         self._compositions = Compositions(self.ops, self.groups)
 
     def before(self, delta: PackedDelta) -> int:
@@ -93,13 +97,22 @@ class Runner:
         return delta.prefix_length
 
     def begin(self, seq: Sequence, delta: PackedDelta | None) -> None:
-        """A row has been given its slot: what its delta puts before it goes there."""
-        if delta is not None and delta.prefix is not None:
-            self.kv.put_prefix(slot_of(seq), delta.prefix)
+        """A row has been given its slot: what it shares with another, or what its delta puts before it, goes there."""
+        slot = slot_of(seq)
+        if seq.copied_from == slot:
+            return
+        self.kv.empty(slot)
+        if seq.copied_from is not None:
+            self.kv.copy(seq.copied_from, slot, seq.prefix + seq.computed)
+        elif delta is not None and delta.prefix is not None:
+            self.kv.put_prefix(slot, delta.prefix)
 
-    def end(self, slot: int, tokens: int) -> None:
-        """A row of so many computed tokens, its delta's among them, has left its slot."""
-        self.kv.release(slot, tokens)
+    def end(self, slot: int) -> None:
+        """A row has left its slot: its keys and values stay there for others."""
+
+    def empty(self, slot: int) -> None:
+        """Nobody will use what is in a slot."""
+        self.kv.empty(slot)
 
     @torch.inference_mode()
     def run(self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None]) -> StepOutput:
@@ -183,6 +196,8 @@ class Runner:
 
         ``positions`` ``[1, tokens]``; ``inputs`` are ``input_ids`` or ``inputs_embeds``.
         """
+        if self.lean_body is not None:
+            return self.lean_body(attention, positions, **inputs)
         out = self.backbone.model.base_model(
             **inputs, position_ids=positions, use_cache=False, deltaserve_attention=attention
         )
@@ -192,9 +207,15 @@ class Runner:
 
 def lines_of(row: PlannedRow) -> int:
     """How many of a planned row's tokens, the last ones, logits are wanted for."""
-    if row.seq.sampling.prompt_logprobs is not None and row.start < len(row.seq.prompt):
+    return max(1 if row.samples else 0, row.count - unscored(row))
+
+
+def unscored(row: PlannedRow) -> int:
+    """How many of the row's tokens, from its first on, predict no prompt token whose log-probability is wanted."""
+    seq, sampling = row.seq, row.seq.sampling
+    if sampling.prompt_logprobs is None or row.start >= len(seq.prompt):
         return row.count
-    return 1 if row.samples else 0
+    return min(row.count, max(0, sampling.prompt_logprobs_from - 1 - row.start))
 
 
 def slot_of(seq: Sequence) -> int:
