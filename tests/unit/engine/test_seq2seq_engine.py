@@ -228,3 +228,19 @@ def test_probes_of_prompts_and_trained_tokens(make: Callable[..., Harness]) -> N
     assert engine.ends == {1: "loaded", 2: "invalid_delta", 3: "loaded"}
     assert "300 virtual tokens" in engine.messages[2]
     assert engine.probes[1].outcome == engine.probes[3].outcome == "changes"
+
+
+def test_a_row_that_was_preempted_reads_its_source_again(make: Callable[..., Harness]) -> None:
+    """Short of memory, answers are those of plenty."""
+    answers = []
+    for bytes_ in (1 << 18, 1 << 24):
+        engine = make(max_model_len=64, max_rows=8, kv_bytes=bytes_)
+        ref = engine.save(random_delta(engine.engine.runner.backbone.spec, "lora", 1))
+        for row in range(8):
+            engine.submit(row, START, ref if row % 2 else None, source_of(row, 50 + row), max_tokens=60)
+        engine.wait(*range(8))
+        answers.append([engine.tokens(row) for row in range(8)])
+        assert bool(engine.engine.scheduler.preemptions) == (bytes_ == 1 << 18)
+        engine.engine.scheduler.check_integrity()
+    assert answers[0] == answers[1]
+    assert all(len(answer) == 60 for answer in answers[0])
