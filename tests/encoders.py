@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.oracle.padded import BACKBONES
 
 WORDS = 56
-SPECIAL = {"[PAD]": 0, "[UNK]": 2, "[CLS]": 3, "[SEP]": 4}
+SPECIAL = {"[PAD]": 0, "[MASK]": 1, "[UNK]": 2, "[CLS]": 3, "[SEP]": 4}
 
 
 def write_encoder(folder: Path, family: str) -> Path:
@@ -20,7 +20,9 @@ def write_encoder(folder: Path, family: str) -> Path:
     tokenizer = Tokenizer(models.WordLevel(SPECIAL | {f"w{n}": n for n in range(5, 5 + WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", SPECIAL["[CLS]"]), ("[SEP]", SPECIAL["[SEP]"])]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", SPECIAL["[CLS]"]), ("[SEP]", SPECIAL["[SEP]"])],
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -28,5 +30,7 @@ def write_encoder(folder: Path, family: str) -> Path:
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "attention_mask", *(["token_type_ids"] if family == "bert" else [])],
     ).save_pretrained(folder)
     return folder
