@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from deltas import heads
 from deltas.delta import Component, Delta
 from tests.api.command import Server, serving
 from tests.api.encoders import close, headed, pushed, refused, save
+from tests.api.tasks import define, infer
 from tests.deltas_of_every_kind import make
 from tests.encoders import SPECIAL, write_encoder
 from tests.oracle.padded import PaddedRow, PaddedRunner
@@ -60,20 +60,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
         for name, delta in deltas.items():
             pushed(http, name, save(folder, name, delta))
         yield Tiny(server, backbone, runner, deltas)
-
-
-def define(http: httpx.Client, name: str, kind: str, model: str, **more: Any) -> dict[str, Any]:
-    response = http.post("/v1/tasks", json={"name": name, "kind": kind, "model": model} | more)
-    assert response.status_code in (200, 201), response.text
-    found: dict[str, Any] = response.json()
-    return found
-
-
-def infer(http: httpx.Client, name: str, *inputs: Any, **parameters: Any) -> list[dict[str, Any]]:
-    response = http.post(f"/v1/tasks/{name}/infer", json={"inputs": [*inputs], "parameters": parameters})
-    assert response.status_code == 200, response.text
-    found: list[dict[str, Any]] = response.json()["outputs"]
-    return found
 
 
 def row(*words: int) -> list[int]:
@@ -399,9 +385,7 @@ def test_scores_of_pairs(tiny: Tiny) -> None:
         assert scores[0] == pytest.approx(1, abs=1e-5)
         raw = http.post("/score", json=body | {"model": "value", "use_activation": False}).json()["data"]
         squashed = http.post("/score", json=body | {"model": "value"}).json()["data"]
-        close(
-            [item["score"] for item in squashed], torch.tensor([item["score"] for item in raw]).sigmoid()
-        )
+        close([item["score"] for item in squashed], torch.tensor([item["score"] for item in raw]).sigmoid())
         refused(http.post("/score", json=body | {"model": "two"}), "unsupported_task")
         refused(http.post("/score", json=body | {"model": "tags"}), "unsupported_task")
         refused(http.post("/score", json=body | {"text_1": ["w9", "w9"]}), "invalid_request")
