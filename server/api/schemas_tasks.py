@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import AliasChoices, Discriminator, Field, Tag, field_validator, model_validator
 
 from server.api.schemas import MAX_INPUTS, SamplingFields, Strict
 from server.types import TaskKind
@@ -26,27 +26,43 @@ class TemplateMessage(Strict):
     content: Text
 
 
+def _template_form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "str"
+    return "list[message]" if any(isinstance(item, dict) for item in value) else "list[str]"
+
+
+def _labels_form(value: Any) -> str:
+    return "dict[str]" if isinstance(value, dict) else "list[str]"
+
+
+# The form decides which arm of a union is tried, so that an error names the field and not the arm.
+AnyTemplate = Annotated[
+    Annotated[Text, Tag("str")]
+    | Annotated[list[Text], Field(min_length=2, max_length=2), Tag("list[str]")]
+    | Annotated[list[TemplateMessage], Field(max_length=MAX_MESSAGES), Tag("list[message]")],
+    Discriminator(_template_form),
+]
+AnyLabels = Annotated[
+    Annotated[list[Label], Field(min_length=1, max_length=MAX_LABELS), Tag("list[str]")]
+    | Annotated[dict[Label, Words], Field(min_length=1, max_length=MAX_LABELS), Tag("dict[str]")],
+    Discriminator(_labels_form),
+]
+
+
 class TaskRequest(Strict):
-    """``POST /v1/tasks``. ``labels`` that are an object come out with a list of words for each."""
+    """``POST /v1/tasks``.
+
+    ``template`` is a text, two texts (a pair), or messages. ``labels`` that are an object come out with a list of words
+    for each.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
     kind: TaskKind
     model: Annotated[str, Field(min_length=1, max_length=1024)]
-    template: Text | list[Text] | list[TemplateMessage] | None = None
-    labels: Annotated[list[Label] | dict[Label, Words], Field(min_length=1, max_length=MAX_LABELS)] | None = (
-        None
-    )
+    template: AnyTemplate | None = None
+    labels: AnyLabels | None = None
     parameters: dict[str, Any] | None = None
-
-    @field_validator("template", mode="before")
-    @classmethod
-    def _forms(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            if all(isinstance(item, str) for item in value) and len(value) != 2:
-                raise ValueError("a list of texts is a pair: it has two")
-            if len(value) > MAX_MESSAGES:
-                raise ValueError(f"a chat template has at most {MAX_MESSAGES} messages")
-        return value
 
     @field_validator("labels", mode="before")
     @classmethod
