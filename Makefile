@@ -43,7 +43,7 @@ mutants: venv ## break the code on purpose: every break must be noticed by a tes
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: venv ## the benchmark behind the README's numbers
-	$(BIN)/python benchmarks/mixed_decode.py $(ARGS)
+	$(BIN)/python -m benchmarks.mixed_decode $(ARGS)
 
 clean: ## remove what was built; keeps .venv and data
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

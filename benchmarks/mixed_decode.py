@@ -1,6 +1,6 @@
 """W1: 32 requests, prompt 128, 64 new tokens each, greedy, on SmolLM2-135M: what mixing deltas costs.
 
-    python benchmarks/mixed_decode.py [--dtype bfloat16] [--rows 32] [--prompt 128] [--new 64] [--json FILE]
+    python -m benchmarks.mixed_decode [--dtype bfloat16] [--rows 32] [--prompt 128] [--new 64] [--json FILE]
 
 Ours (the real engine loop in one process, no HTTP): base only; 32 rows of 1, 8 and 32 LoRAs (rank 8, all linears);
 32 rows of 8 and 32 deltas of four kinds. Rivals, in the same run on the same weights: transformers' ``generate`` with a
@@ -14,19 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.common import RANK, RunningEngine, machine, make_delta
 
 CASES = (
     "ours base",
@@ -40,7 +37,6 @@ CASES = (
     "peft 32 loras",
     "peft switching 8 loras",
 )
-RANK = 8
 KINDS = ("lora", "bottleneck", "bitfit", "prompt")
 
 
@@ -68,65 +64,38 @@ class Timed:
 
 
 def ours(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
-    from deltas.formats import native
-    from server.engine.build import build
-    from server.engine.messages import Load, Loaded, Step, Submit
+    from server.engine.messages import Step, Submit
     from server.engine.process import EngineConfig
-    from server.types import DeltaRef, SamplingParams
-
-    replies: list[Any] = []
-    arrived = threading.Condition()
-
-    def send(reply: Any) -> None:
-        with arrived:
-            replies.append(reply)
-            arrived.notify()
+    from server.types import SamplingParams
 
     config = EngineConfig(
         backbone=str(folder), backbone_name=None, data_dir=str(folder), device=args.device, dtype=args.dtype,
         max_model_len=2048, max_rows=args.rows, max_waiting=4096, prefill_tokens=args.prefill, kv_bytes=None,
         delta_bytes=4 << 30, host_delta_bytes=4 << 30, threads=args.threads, ops_mode=args.ops,
     )  # fmt: skip
-    engine = build(config, send)
-    thread = threading.Thread(target=engine.run)
-    thread.start()
+    running = RunningEngine(config)
+    engine = running.engine
     spec = engine.runner.backbone.spec
-
-    def wait(done: Any) -> None:
-        seen = 0
-        with arrived:
-            while not done(replies[seen:]):
-                seen = len(replies)
-                arrived.wait()
-
     count = 0 if what == "base" else int(what.split()[0])
     kinds = KINDS if "kinds" in what else ("lora",)
-    refs = []
-    for i in range(count):
-        delta = make_delta(spec, kinds[i % len(kinds)], i)
-        path = Path(args.scratch) / f"{delta.digest}.safetensors"
-        native.save(delta, path)
-        refs.append(DeltaRef(delta.digest, str(path)))
-    for i, ref in enumerate(refs):
-        engine.receive(Load(10_000 + i, ref))
-    wait(lambda _: sum(isinstance(r, Loaded) for r in replies) == count)
+    refs = running.load(
+        [make_delta(spec, kinds[i % len(kinds)], i) for i in range(count)], Path(args.scratch)
+    )
 
     def once(base: int, new: int) -> tuple[float, float]:
-        replies.clear()
+        running.replies.clear()
         sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         first = 0.0
         began = time.perf_counter()
+        # a tenant of its own: nothing that an earlier turn computed is used again
         for i, prompt in enumerate(prompts(args.rows, args.prompt)):
-            engine.receive(Submit(base + i, "t", prompt, refs[i % count] if count else None, sampling))
+            engine.receive(Submit(base + i, f"t{base}", prompt, refs[i % count] if count else None, sampling))
         ended: set[int] = set()
         started: set[int] = set()
         seen = 0
         while len(ended) < args.rows:
-            with arrived:
-                while seen == len(replies):
-                    arrived.wait()
-                batch = replies[seen:]
-                seen = len(replies)
+            batch = running.new_replies(seen)
+            seen += len(batch)
             for reply in batch:
                 if isinstance(reply, Step):
                     started.update(row for row, _ in reply.events)
@@ -159,45 +128,8 @@ def ours(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
         Timed.spent, before_steps = 0.0, engine.runner.spent.steps
         once(90_000, args.new)
         steps["ms_deltas"] = 1e3 * Timed.spent / (engine.runner.spent.steps - before_steps)
-    engine.receive(None)
-    thread.join()
+    running.close()
     return {"seconds": best, "first_tokens_s": prefill, "peak_mb": memory // 1024, **steps}
-
-
-def make_delta(spec: Any, kind: str, seed: int) -> Any:
-    """A random delta of usual size: rank 8 on all linears, reduction factor 16, every bias, 16 prompt tokens."""
-    import torch
-
-    from deltas.delta import Component, Delta
-    from deltas.sites import SiteKind
-
-    make = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Any:
-        return torch.randn(*shape, generator=make) * 0.02
-
-    linears = [site for site in spec.of_kind(SiteKind.LINEAR) if site.name != "head"]
-    if kind == "lora":
-        tensors = {f"{s.name}/A": draw(RANK, s.in_features) for s in linears}
-        tensors |= {f"{s.name}/B": draw(s.out_features, RANK) for s in linears}
-        return Delta((Component("lora", {"scale": 2.0}, tensors),))
-    if kind == "bitfit":
-        sites = [*linears, *spec.of_kind(SiteKind.NORM)]
-        return Delta((Component("bitfit", {}, {f"{s.name}/beta": draw(s.out_features) for s in sites}),))
-    if kind == "prompt":
-        return Delta((Component("prompt", {}, {"embeddings": draw(16, spec.hidden)}),))
-    width = spec.hidden // 16
-    tensors = {}
-    for site in spec.of_kind(SiteKind.BLOCK):
-        if site.name.endswith("mlp.out"):
-            tensors |= {
-                f"{site.name}/down": draw(width, spec.hidden),
-                f"{site.name}/down_bias": draw(width),
-                f"{site.name}/up": draw(spec.hidden, width),
-                f"{site.name}/up_bias": draw(spec.hidden),
-            }
-    config = {"activation": "relu", "reads": "output+residual", "scale": 1.0}
-    return Delta((Component("bottleneck", config, tensors),))
 
 
 # -- rivals ----------------------------------------------------------------------------------------------------
@@ -256,12 +188,6 @@ def child(args: argparse.Namespace) -> None:
     print("RESULT " + json.dumps(run(args, Path(args.folder), what)))
 
 
-def machine() -> str:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.processor())  # fmt: skip
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -311,7 +237,7 @@ def main() -> None:
                 "folder",
                 "scratch",
             ]
-            command = [sys.executable, __file__, "--case", case]
+            command = [sys.executable, "-m", "benchmarks.mixed_decode", "--case", case]
             command += [part for name in forwarded for part in (f"--{name}", str(getattr(args, name)))]
             if args.ops:
                 command += ["--ops", args.ops]

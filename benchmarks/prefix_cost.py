@@ -1,6 +1,6 @@
 """What a prompt or a prefix delta costs at request time: the prefill of the request's own tokens, and no more.
 
-    python benchmarks/prefix_cost.py [--virtual 100] [--prompt 128] [--rows 8] [--repeat 5] [--dtype bfloat16]
+    python -m benchmarks.prefix_cost [--virtual 100] [--prompt 128] [--rows 8] [--repeat 5] [--dtype bfloat16]
 
 On SmolLM2-135M, through the engine's own runner: rows of the base, of a prompt delta and of a prefix delta with
 ``--virtual`` tokens (both after their first use), and, as the rival, rows of the base whose prompt is longer by as many
@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.common import make_delta
 
 
 def main() -> None:
@@ -81,29 +79,17 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
 
 def deltas(runner: Any, n: int) -> tuple[Any, Any]:
     """A prompt delta, placed, and a prefix delta, of ``n`` virtual tokens."""
-    import torch
-
     from deltas import methods
-    from deltas.delta import Component, Delta
     from deltas.pack import pack
-    from deltas.sites import SiteKind
 
-    spec = runner.backbone.spec
-    make = torch.Generator().manual_seed(1)
+    backbone = runner.backbone
 
-    def draw(*shape: int) -> Any:
-        return torch.randn(*shape, generator=make) * 0.02
+    def placed(kind: str) -> Any:
+        delta = make_delta(backbone.spec, kind, 1, virtual=n)
+        packed = pack(methods.lower(delta, backbone.spec), backbone.spec, backbone.dtype)
+        return runner.finish(packed.to(backbone.device))
 
-    def placed(delta: Any) -> Any:
-        packed = pack(methods.lower(delta, spec), spec, runner.backbone.dtype)
-        return runner.finish(packed.to(runner.backbone.device))
-
-    prompt = Component("prompt", {}, {"embeddings": draw(n, spec.hidden)})
-    shape = (n, spec.kv_heads, spec.head_dim)
-    kv_sites = spec.of_kind(SiteKind.KV)
-    tensors = {f"{site.name}/{part}": draw(*shape) for site in kv_sites for part in ("keys", "values")}
-    prefix = Component("prefix", {"shifts_positions": True}, tensors)
-    return placed(Delta((prompt,))), placed(Delta((prefix,)))
+    return placed("prompt"), placed("prefix")
 
 
 def first_tokens(runner: Any, rows: int, length: int, delta: Any) -> tuple[float, int]:

@@ -80,8 +80,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     ``temperature`` 0 is greedy; ``top_k`` 0 means all; ``repetition_penalty`` as in transformers (over prompt and
     output), presence and frequency as OpenAI's (over output). ``logprobs`` is how many alternatives to report
-    with each token (0: the token's own only; None: nothing), ``prompt_logprobs`` the same for prompt tokens.
-    ``eos_token_ids`` end the row unless ``ignore_eos``; ``stop_token_ids`` always do once ``min_tokens`` are out.
+    with each token (0: the token's own only; None: nothing), ``prompt_logprobs`` the same for prompt tokens from
+    index ``prompt_logprobs_from`` on. ``eos_token_ids`` end the row unless ``ignore_eos``; ``stop_token_ids`` always do
+    once ``min_tokens`` are out.
     """
 
     max_tokens: int
@@ -99,6 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
 
 
 TaskKind = Literal["generate", "classify", "regress", "score", "embed", "tag"]
@@ -271,6 +273,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     delta_bytes_device: int = 0
     delta_bytes_host: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens
+    prefix_cache_hits: int = 0
     steps: int = 0
     loads_from_host: int = 0
     loads_from_disk: int = 0

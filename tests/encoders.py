@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,12 @@ SPECIAL = {"[PAD]": 0, "[MASK]": 1, "[UNK]": 2, "[CLS]": 3, "[SEP]": 4}
 def write_encoder(folder: Path, family: str) -> Path:
     """``bert`` or ``roberta`` of the fixtures, with words ``w5`` to ``w60``, one token each, between [CLS] and [SEP]."""
     shutil.copytree(BACKBONES / family, folder)
+    return add_tokenizer(folder)
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """The same words for any folder's model that has 61 tokens. Pairs have types where the model has them."""
+    kinds = json.loads((folder / "config.json").read_text()).get("type_vocab_size", 1)
     tokenizer = Tokenizer(models.WordLevel(SPECIAL | {f"w{n}": n for n in range(5, 5 + WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -31,6 +38,6 @@ def write_encoder(folder: Path, family: str) -> Path:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        model_input_names=["input_ids", "attention_mask", *(["token_type_ids"] if family == "bert" else [])],
+        model_input_names=["input_ids", "attention_mask", *(["token_type_ids"] if kinds > 1 else [])],
     ).save_pretrained(folder)
     return folder

@@ -57,6 +57,20 @@ MUTANTS = (
         (MIXED,),
     ),
     Mutant(
+        "4 tenants: keys and values are shared between them",
+        "server/engine/sharing.py",
+        "    return seq.tenant, seq.digest\n",
+        '    return "", seq.digest\n',
+        ("tests/unit/engine/test_sharing.py",),
+    ),
+    Mutant(
+        "1 right delta: keys and values are shared between deltas",
+        "server/engine/sharing.py",
+        "    return seq.tenant, seq.digest\n",
+        '    return seq.tenant, ""\n',
+        ("tests/unit/engine/test_sharing.py",),
+    ),
+    Mutant(
         "1 right delta: a kept plan is used for other deltas",
         "server/engine/runner.py",
         "key = (tuple(id(delta) for delta in deltas), shape)",

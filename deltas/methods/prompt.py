@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deltas.delta import Component
-from deltas.errors import InvalidDelta
+from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.methods.base import Outline, expect, only_keys
 from deltas.patches import Patch, SoftPrompt
 from deltas.sites import BackboneSpec
@@ -42,6 +42,11 @@ class Prompt:
         if "embeddings" not in shapes:
             raise InvalidDelta("missing tensor: embeddings", field="embeddings")
         expect("embeddings", shapes["embeddings"], (0, spec.hidden))
+        if spec.kind != "encoder" and outline.config.get("after_norm"):
+            raise UnsupportedDelta(
+                f"a {spec.kind} ({spec.family}) has no norm of embeddings to put a prompt after",
+                field="after_norm",
+            )
         length = shapes["embeddings"][0]
         if length >= spec.max_positions:
             raise InvalidDelta(

@@ -33,7 +33,12 @@ class Row:
     stops: Sequence[str] = ()
     continues: bool = False
     discard_output: bool = False
-    source: Sequence[int] = ()
+    source: list[int] = field(default_factory=list)
+
+    @property
+    def given(self) -> list[int]:
+        """The tokens of what the caller sent."""
+        return self.source or self.prompt
 
 
 @dataclass
@@ -120,7 +125,7 @@ class Generation:
 
     async def _row(self, row: Row) -> AsyncGenerator[Piece, None]:
         text = _RowText(row, self.tokenizer)
-        self.metrics.prompt_accepted(self.tenant, len(row.source or row.prompt))
+        self.metrics.prompt_accepted(self.tenant, len(row.given))
         last = 0.0
         events = self.engine.generate(
             prompt=row.prompt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deltas.sites import BackboneSpec
 from server.api.models import Target
 from server.api.services import Backbone
-from server.errors import UnsupportedTask
+from server.errors import InvalidRequest, UnsupportedTask
 
 CLASSIFIES = ("classify", "regress")
 
@@ -16,6 +16,16 @@ def generates(spec: BackboneSpec, name: str) -> None:
         raise UnsupportedTask(
             f"'{name}' is an encoder ({spec.family}) and does not generate text: use /v1/embeddings, or /classify "
             "with a delta that has a task head."
+        )
+
+
+def echoes(backbone: Backbone, echo: bool | None) -> None:
+    """Raises :class:`InvalidRequest` where an answer does not go on with its prompt, so that there is nothing to echo."""
+    if echo and backbone.spec.kind == "encoder-decoder":
+        raise InvalidRequest(
+            f"'{backbone.info.name}' ({backbone.spec.family}) reads the prompt with its encoder and does not go on with "
+            "it: leave out 'echo'.",
+            param="echo",
         )
 
 

@@ -142,14 +142,12 @@ def _describe(info: BackboneInfo) -> Backbone:
     from transformers import AutoConfig  # seconds to import: not before the port is open
 
     from deltas.backbones import describe
-    from deltas.backbones.headless import without_absent_head
+    from deltas.backbones.stored import as_stored
     from deltas.weights import FrozenTensors
     from server.engine.tokenizer import Tokenizer
 
     config = AutoConfig.from_pretrained(info.folder, local_files_only=True)
-    spec = describe(config, info.revision)
-    if spec.kind == "encoder":
-        spec = without_absent_head(spec, FrozenTensors(Path(info.folder)))
+    spec = as_stored(describe(config, info.revision), FrozenTensors(Path(info.folder)))
     return Backbone(info, spec, Tokenizer(Path(info.folder)))
 
 

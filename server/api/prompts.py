@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from server.api.ports import Tokenizer
 from server.api.schemas import Message, SamplingFields
@@ -75,6 +75,28 @@ def room(prompt: Sequence[int], backbone: Backbone, param: str) -> int:
             param=param,
         )
     return limit - len(prompt)
+
+
+class Start(NamedTuple):
+    """How a row begins: its own tokens, what an encoder-decoder's encoder reads, and how many tokens may follow."""
+
+    prompt: list[int]
+    source: list[int]
+    room: int
+
+
+def start(tokens: list[int], backbone: Backbone, param: str) -> Start:
+    """A row for what a caller sent. Raises ``ContextTooLong`` or ``InvalidRequest`` as :func:`room` does."""
+    first, limit = backbone.info.decoder_start, backbone.info.max_model_len
+    if first is None:
+        return Start(tokens, [], room(tokens, backbone, param))
+    if not tokens:
+        raise InvalidRequest("The prompt has no tokens.", param=param)
+    if len(tokens) > limit:
+        raise ContextTooLong(
+            f"This model's encoder reads at most {limit} tokens; the prompt has {len(tokens)}.", param=param
+        )
+    return Start([first], tokens, limit - 1)
 
 
 def sampling(

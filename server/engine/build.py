@@ -15,6 +15,7 @@ from deltas.errors import UnsupportedBackbone
 from deltas.ops import Mode, native
 from server.engine import backbone as backbones
 from server.engine.build_encoder import encoder_engine
+from server.engine.build_seq2seq import seq2seq_engine
 from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
 from server.engine.kv import SlotKV, token_bytes
@@ -53,6 +54,9 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | Encod
         backbone = backbones.load(located.name, folder, device, dtype)
     except UnsupportedBackbone as error:
         raise InvalidRequest(str(error), param="backbone") from error
+    if backbone.spec.kind == "encoder-decoder":
+        kernels.join()
+        return seq2seq_engine(config, backbone, config.kv_bytes or _free_bytes(device), send)
     context = backbone.spec.max_positions
     if config.max_model_len is not None and config.max_model_len > context:
         raise InvalidRequest(

@@ -176,7 +176,7 @@ class EngineClient:
         source: Sequence[int] = (),
     ) -> list[list[float]]:
         """The log-probability of every token of each choice behind ``prompt``. Raises the first error."""
-        sampling = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        sampling = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=len(prompt))
 
         async def one(choice: list[int]) -> list[float]:
             found: list[float] = []
@@ -185,8 +185,7 @@ class EngineClient:
             )
             async with contextlib.aclosing(rows) as events:
                 async for event in events:
-                    scored = (event.prompt_logprobs or [])[len(prompt) :]
-                    found += [token.logprob for token in scored if token is not None]
+                    found += [token.logprob for token in event.prompt_logprobs or [] if token is not None]
             return found
 
         tasks = [asyncio.create_task(one(choice)) for choice in choices]

@@ -17,7 +17,7 @@ from server.engine.logprobs import prompt_logprobs
 from server.engine.loop import StepLoop
 from server.engine.messages import Encode, Failed, Reply, Step, Submit
 from server.engine.probe import AnyProbe
-from server.engine.runner import StepOutput, StepRunner
+from server.engine.runner import StepOutput, StepRunner, unscored
 from server.engine.sampler import RowSampler, sample
 from server.engine.scheduler import Plan, PlannedRow, Scheduler
 from server.engine.sequence import Sequence
@@ -118,7 +118,7 @@ class Engine(StepLoop):
         if seq.delta is None:
             return 0
         delta = self.residency.resident(seq.delta)
-        return None if delta is None else delta.prefix_length
+        return None if delta is None else self.runner.before(delta)
 
     def _begin(self, plan: Plan) -> None:
         """Gives admitted rows their delta and its prefix; answers those that cannot fit."""
@@ -132,6 +132,8 @@ class Engine(StepLoop):
             if seq.delta is not None:
                 row.delta = self.residency.acquire(seq.delta.digest)
             self.runner.begin(seq, row.delta)
+        for slot in plan.emptied:
+            self.runner.empty(slot)
 
     def _settle(self, plan: Plan, out: StepOutput) -> None:
         """Samples, ends rows that are done, and tells the client."""
@@ -158,15 +160,16 @@ class Engine(StepLoop):
                 continue
             logprob = logprobs.get(i)
             kept = self._rows[seq.id]
-            first = len(seq.output) <= 1 and kept.prompt_logprobs
+            first = len(seq.output) == (0 if token is None else 1)
             events.append(
                 (
                     seq.id,
                     TokenEvent(
                         token_ids=[] if token is None else [token],
                         logprobs=None if logprob is None else [logprob],
-                        prompt_logprobs=kept.prompt_logprobs if first else None,
+                        prompt_logprobs=(kept.prompt_logprobs or None) if first else None,
                         finish_reason=reason,
+                        cached_tokens=seq.cached if first else 0,
                     ),
                 )
             )
@@ -183,10 +186,10 @@ class Engine(StepLoop):
         if top is None or row.start >= len(seq.prompt):
             return
         kept = self._rows[seq.id].prompt_logprobs
-        if row.start == 0:
+        if row.start == 0 and seq.sampling.prompt_logprobs_from == 0:
             kept.append(None)
-        targets = seq.prompt[row.start + 1 : row.start + count + 1]
         first = out.rows[i].first
+        targets = seq.prompt[row.start + unscored(row) + 1 : row.start + count + 1]
         if targets:
             kept.extend(prompt_logprobs(out.logits[first : first + len(targets)], targets, top))
 
@@ -200,7 +203,7 @@ class Engine(StepLoop):
     def _poisoned(self, seq: Sequence) -> None:
         """A row's logits are not numbers; neighbours are fine."""
         message = self._poison(seq.delta)
-        self.scheduler.finish(seq)
+        self.scheduler.finish(seq, sound=False)
         self._fail(seq, RowFailed.code, message)
 
     def _fail(self, seq: Sequence, code: str, message: str) -> None:
@@ -225,4 +228,6 @@ class Engine(StepLoop):
             rows_waiting=self.scheduler.rows_waiting,
             kv_tokens_used=self.scheduler.kv_tokens_used,
             kv_tokens_total=self.scheduler.kv_tokens,
+            prefix_cache_queries=self.scheduler.cache.queried,
+            prefix_cache_hits=self.scheduler.cache.hit,
         )

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from server.engine.sequence import Sequence
+from server.engine.sharing import key_of, share, waits
+from server.engine.slots import Held, SlotPool
 from server.engine.waiting import FairQueue
 from server.errors import ContextTooLong, InvalidRequest, Unavailable
 
@@ -43,13 +45,14 @@ class Plan:
     ``rows`` are decode rows (count 1), then prefill chunks; within each of the two, rows of one delta are
     adjacent, base rows first, otherwise in order of admission. ``admitted`` got a slot in this call and
     ``rejected`` turned out not to fit behind their delta's prefix: they are gone from the scheduler and must
-    be answered with an error.
+    be answered with an error. The memory of ``emptied`` slots may be given back once the admitted have begun.
     """
 
     rows: list[PlannedRow]
     decode_rows: int
     admitted: list[Sequence] = field(default_factory=list)
     rejected: list[Sequence] = field(default_factory=list)
+    emptied: list[int] = field(default_factory=list)
 
     @property
     def composition(self) -> tuple[tuple[int, int], ...]:
@@ -62,12 +65,23 @@ class Plan:
         return sum(row.count for row in self.rows)
 
 
+@dataclass(slots=True)
+class CacheCounts:
+    """Prompt tokens of admitted rows, and how many of them were not computed again."""
+
+    queried: int = 0
+    hit: int = 0
+
+
 class Scheduler:
     """Owns the waiting rows, the running rows, the KV slots and the KV token budget. Not thread-safe.
 
-    ``max_rows`` slots of ``slot_tokens`` tokens each; all reservations together stay within ``kv_tokens``; at
-    most ``prefill_tokens`` prompt tokens a step; at most ``max_waiting`` rows wait. ``weights`` are tenants'
-    shares (1.0 where absent).
+    ``max_rows`` slots of ``slot_tokens`` tokens each, and of ``source_tokens`` of an encoder's (0: there is none); all
+    reservations together stay within ``kv_tokens``; at most ``prefill_tokens`` prompt tokens a step; at most
+    ``max_waiting`` rows wait. ``weights`` are tenants' shares (1.0 where absent).
+
+    A source is read whole in the step in which its row begins, and counts as prompt tokens; one that is longer than a
+    step's budget is read by itself.
     """
 
     def __init__(
@@ -78,26 +92,30 @@ class Scheduler:
         kv_tokens: int,
         prefill_tokens: int,
         max_waiting: int,
+        source_tokens: int = 0,
         weights: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if min(max_rows, slot_tokens, prefill_tokens, max_waiting) < 1:
             raise ValueError("every size of the scheduler must be at least 1")
-        if kv_tokens < slot_tokens:
-            raise ValueError(f"a KV budget of {kv_tokens} tokens cannot hold one slot of {slot_tokens}")
+        if kv_tokens < slot_tokens + source_tokens:
+            raise ValueError(
+                f"a KV budget of {kv_tokens} tokens cannot hold one slot of {slot_tokens} and a source of "
+                f"{source_tokens}"
+            )
         self.max_rows = max_rows
         self.slot_tokens = slot_tokens
         self.kv_tokens = kv_tokens
         self.prefill_tokens = prefill_tokens
         self.max_waiting = max_waiting
+        self.source_tokens = source_tokens
         self._clock = clock
         self._known: dict[int, Sequence] = {}
         self._queue: FairQueue[Sequence] = FairQueue(weights)
         self._running: dict[int, Sequence] = {}  # in order of admission
-        self._free = list(
-            range(max_rows - 1, -1, -1)
-        )  # the slot freed last is used first: its memory is warm
+        self._pool = SlotPool(max_rows)
         self._kv_used = 0
+        self.cache = CacheCounts()
 
     @property
     def rows_running(self) -> int:
@@ -134,6 +152,13 @@ class Scheduler:
                 "at least one of them for the answer",
                 param="prompt",
             )
+        if self.source_tokens and not seq.source:
+            raise InvalidRequest("the prompt is empty: the encoder has nothing to read", param="prompt")
+        if len(seq.source) > self.source_tokens:
+            raise ContextTooLong(
+                f"the source has {len(seq.source)} tokens; the encoder reads at most {self.source_tokens}",
+                param="prompt",
+            )
         if self.rows_waiting >= self.max_waiting:
             raise Unavailable(f"{self.max_waiting} requests are waiting already; try again later")
         self._known[seq.id] = seq
@@ -146,11 +171,11 @@ class Scheduler:
             self._forget(seq)
         return seq
 
-    def finish(self, seq: Sequence) -> None:
-        """A row has ended, well or badly: its slot and its reservation are free again."""
+    def finish(self, seq: Sequence, *, sound: bool = True) -> None:
+        """A row has ended: its slot and its reservation are free again. Nobody uses what an un``sound`` one computed."""
         if self._known.get(seq.id) is not seq:
             raise ValueError(f"row {seq.id} is not in the scheduler")
-        self._forget(seq)
+        self._forget(seq, sound=sound)
 
     def fail_waiting(self, digest: str) -> list[Sequence]:
         """Take out the waiting rows of a delta that cannot be loaded; the caller answers them."""
@@ -179,7 +204,7 @@ class Scheduler:
             plan.rows.append(PlannedRow(seq, seq.computed, count, samples))
         plan.decode_rows = len(decode)
         for row in plan.rows:
-            self._queue.charge(row.seq.tenant, row.count)
+            self._queue.charge(row.seq.tenant, row.count + row.seq.unread)
         return plan
 
     def check_integrity(self) -> None:
@@ -196,14 +221,14 @@ class Scheduler:
         (Preemption belongs here later: ``_release`` a running row, set its ``computed`` to 0, and put it
         back at the front of its tenant's line.)
         """
-        if not self._free or not self.rows_waiting:
+        if not len(self._pool) or not self.rows_waiting:
             return
         loading: set[str] = set()  # ask once a call about each delta
 
         def take(seq: Sequence) -> bool | None:
-            if not self._free:
+            if not len(self._pool):
                 return None
-            if seq.digest in loading:
+            if seq.digest in loading or waits(seq):
                 return False
             prefix = ready(seq)
             if prefix is None:
@@ -214,10 +239,17 @@ class Scheduler:
                 plan.rejected.append(seq)
                 return False
             limit = min(seq.sampling.max_tokens, room)
-            reserved = prefix + len(seq.prompt) + limit
+            reserved = prefix + len(seq.prompt) + limit + len(seq.source)
             if self._kv_used + reserved > self.kv_tokens:
                 return None
-            seq.prefix, seq.limit, seq.slot = prefix, limit, self._free.pop()
+            shared = share(seq, self._running.values(), self._pool)
+            seq.behind = shared.behind
+            if seq.behind is not None:
+                return False
+            seq.prefix, seq.limit, seq.slot = prefix, limit, self._pool.take(shared.slot, shared.count)
+            seq.copied_from, seq.computed, seq.cached = shared.slot, shared.count, shared.count
+            self.cache.queried += len(seq.prompt)
+            self.cache.hit += seq.cached
             self._kv_used += reserved
             self._running[seq.id] = seq
             if seq.started is None:
@@ -231,6 +263,8 @@ class Scheduler:
         self._queue.offer(take, backlog)
         for seq in plan.rejected:
             self._forget(seq)
+        self._pool.shrink(self.kv_tokens - self._kv_used)
+        plan.emptied = self._pool.empty()
 
     def _chunks(self, rows: list[Sequence]) -> dict[int, int]:
         """How many tokens of each prefilling row to compute, by row id.
@@ -241,32 +275,36 @@ class Scheduler:
         """
         counts: dict[int, int] = {}
         fair = sorted(rows, key=lambda seq: self._queue.served(seq.tenant))
-        short = sorted(rows, key=lambda seq: seq.uncomputed)
-        left = _share(fair, (self.prefill_tokens + 1) // 2, counts)
-        _share(short, left + self.prefill_tokens // 2, counts)
+        left = _share((seq for seq in fair if not seq.unread), (self.prefill_tokens + 1) // 2, counts)
+        left = _begin((seq for seq in fair if seq.unread), left + self.prefill_tokens // 2, counts)
+        short = sorted((seq for seq in rows if not seq.unread or seq.id in counts), key=_uncomputed)
+        _share(short, left, counts)
         return counts
 
-    def _forget(self, seq: Sequence) -> None:
+    def _forget(self, seq: Sequence, *, sound: bool = True) -> None:
         del self._known[seq.id]
         if seq.slot is None:
             self._queue.remove(seq)
         else:
-            self._release(seq)
+            self._release(seq, sound=sound)
         self._queue.leave(seq.tenant)
 
-    def _release(self, seq: Sequence) -> None:
-        """Give back a running row's slot and reservation."""
+    def _release(self, seq: Sequence, *, sound: bool) -> None:
+        """Give back a running row's slot and reservation; what it computed stays there for others, if it is ``sound``."""
         if seq.slot is None:
             raise IntegrityError(f"row {seq.id} has no slot to give back")
         del self._running[seq.id]
         self._kv_used -= seq.reserved
-        self._free.append(seq.slot)
+        held = (
+            Held(key_of(seq), seq.tokens(0, seq.computed), seq.prefix) if sound and not seq.source else None
+        )
+        self._pool.put(seq.slot, seq.prefix + seq.computed, held)
         seq.slot = None
 
     def _problems(self) -> Iterator[str]:
         held = [seq.slot for seq in self._running.values()]
-        if sorted(self._free + [slot for slot in held if slot is not None]) != list(range(self.max_rows)):
-            yield f"slots do not add up: free {self._free}, held {held}"
+        if sorted([*self._pool, *(slot for slot in held if slot is not None)]) != list(range(self.max_rows)):
+            yield f"slots do not add up: free {[*self._pool]}, held {held}"
         if self._kv_used != sum(seq.reserved for seq in self._running.values()):
             yield f"{self._kv_used} KV tokens counted, not what running rows reserve"
         if self._kv_used > self.kv_tokens:
@@ -274,7 +312,7 @@ class Scheduler:
         for seq in self._running.values():
             if not (
                 0 <= seq.computed <= seq.length
-                and seq.prefix + seq.length <= seq.reserved <= self.slot_tokens
+                and seq.prefix + seq.length <= seq.reserved - len(seq.source) <= self.slot_tokens
             ):
                 yield f"row {seq.id}: computed {seq.computed}, length {seq.length}, reserved {seq.reserved}"
         waiting = list(self._queue)
@@ -287,6 +325,25 @@ class Scheduler:
 
 def _digest(seq: Sequence) -> str:
     return seq.digest
+
+
+def _uncomputed(seq: Sequence) -> int:
+    return seq.uncomputed
+
+
+def _begin(rows: Iterable[Sequence], budget: int, counts: dict[int, int]) -> int:
+    """Lets rows begin in order, with their whole source and one token each, until one does not fit; returns what is left.
+
+    The first begins in any case, and the first that does not fit ends it, so that none is passed over for ever.
+    """
+    began = False
+    for seq in rows:
+        if began and seq.unread + 1 > budget:
+            break
+        began = True
+        counts[seq.id] = 1
+        budget -= seq.unread + 1
+    return budget
 
 
 def _share(rows: Iterable[Sequence], budget: int, counts: dict[int, int]) -> int:

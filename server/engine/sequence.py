@@ -28,6 +28,9 @@ class Sequence:
     )
     slot: int | None = None  # the row's place in the KV cache, while it runs
     computed: int = 0  # how many of prompt + output have keys and values
+    copied_from: int | None = None  # the slot that had the first of them at admission (maybe its own), if any
+    cached: int = 0  # how many those were
+    behind: Sequence | None = None  # the running row whose keys and values this one waits to share
     limit: int = field(init=False)  # most output tokens: max_tokens, clipped to the slot at admission
     arrived: float = 0.0  # seconds, monotonic clock
     started: float | None = None  # when it was first admitted
@@ -44,6 +47,11 @@ class Sequence:
     def uncomputed(self) -> int:
         """Tokens that still need keys and values."""
         return self.length - self.computed
+
+    @property
+    def unread(self) -> int:
+        """Tokens of its source that an encoder reads in the step in which the row begins."""
+        return 0 if self.computed else len(self.source)
 
     @property
     def remaining(self) -> int:
@@ -68,7 +76,7 @@ class Sequence:
     @property
     def reserved(self) -> int:
         """KV tokens set aside while the row runs: all that it can ever need."""
-        return self.prefix + len(self.prompt) + self.limit
+        return self.prefix + len(self.prompt) + self.limit + len(self.source)
 
     def tokens(self, start: int, count: int) -> list[int]:
         """``count`` tokens of prompt and output from ``start`` on."""

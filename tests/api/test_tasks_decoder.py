@@ -163,7 +163,7 @@ BAD: list[tuple[Any, str, str]] = [
     (INPUT | {"choices": []}, "different texts", "invalid_request"),
     (INPUT | {"choices": ["a", "a"]}, "different texts", "invalid_request"),
     (INPUT | {"choices": "a"}, "different texts", "invalid_request"),
-    (INPUT | {"choices": ["x" * 300]}, "this model takes 256", "context_length_exceeded"),
+    (INPUT | {"choices": ["x" * 300]}, "The longest choice has 300 tokens", "context_length_exceeded"),
     ({"premise": "x" * 300, "hypothesis": "y", "choices": ["a"]}, "256", "context_length_exceeded"),
 ]
 

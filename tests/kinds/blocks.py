@@ -121,8 +121,8 @@ def fusion(draw: Draw) -> Made:
 
 
 def invertible(draw: Draw) -> Made:
-    names = {"llama": "embed", "gpt2": "embed", "t5": "encoder.embed"}
-    site = draw.spec.sites[names.get(draw.spec.family, "embed.norm")]
+    places = ("encoder.embed", "embed.norm", "embed")  # an encoder's embeddings end with their norm
+    site = next(draw.spec.sites[name] for name in places if name in draw.spec.sites)
     first = site.out_features // 2
     second = site.out_features - first
     tensors: Tensors = {}

@@ -14,7 +14,7 @@ from server.api.schemas import Strict
 from server.api.schemas_tasks import CutParameters, EmbedParameters, GenerateParameters, LikelihoodParameters
 from server.api.services import Backbone
 from server.api.tasks.encoded import Embed
-from server.api.tasks.generated import CHOICES, Generate, Likelihood
+from server.api.tasks.generated import CHOICES, MAX_CHOICES, Generate, Likelihood
 from server.api.tasks.heads import HeadClass, HeadTags, HeadValue
 from server.api.tasks.masks import MaskedClass
 from server.api.tasks.templates import Template
@@ -120,7 +120,9 @@ def _names(
 
 def _choices(labels: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str, str]:
     if not isinstance(labels, Mapping):
-        return dict(zip(labels, labels, strict=True))
+        labels = {label: [label] for label in labels}
+    if len(labels) > MAX_CHOICES:
+        _refuse("labels", f"by likelihood there are at most {MAX_CHOICES}")
     for label, texts in labels.items():
         if len(texts) != 1:
             _refuse("labels", f"by likelihood a label has one text, '{label}' has {len(texts)}")

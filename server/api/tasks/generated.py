@@ -11,7 +11,7 @@ from server.api import encoding, prompts
 from server.api.completions import DEFAULT_MAX_TOKENS
 from server.api.generation import Generation, Row
 from server.api.schemas import Strict
-from server.api.schemas_tasks import MAX_LABELS, GenerateParameters, LikelihoodParameters
+from server.api.schemas_tasks import GenerateParameters, LikelihoodParameters
 from server.api.services import Backbone
 from server.api.tasks.heads import ranked
 from server.api.tasks.templates import values_of
@@ -23,20 +23,8 @@ from server.types import TextPiece
 P = TypeVar("P", bound=Strict)
 
 MOST_ROWS = 256  # of one call that wait or run at a time
+MAX_CHOICES = MOST_ROWS  # of one row
 CHOICES = "choices"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a row begins with: the decoder's tokens, and what an encoder-decoder's encoder reads."""
-
-    ids: list[int]
-    source: list[int]
-
-    @property
-    def tokens(self) -> int:
-        """Those that the client's text came to."""
-        return len(self.source or self.ids)
 
 
 class GeneratedWay(Way[P]):
@@ -46,27 +34,21 @@ class GeneratedWay(Way[P]):
         del parameters
         if self.template.roles:
             try:
-                await self._prompt(backbone, dict.fromkeys(self.template.fields, "x"))
-            except ContextTooLong:
-                raise
+                await self._given(backbone, dict.fromkeys(self.template.fields, "x"))
             except InvalidRequest as error:
                 raise InvalidRequest(
                     f"Invalid 'template': {error.message}", param="template", code=error.code
                 ) from error
 
-    async def _prompt(self, backbone: Backbone, values: Mapping[str, str]) -> Prompt:
+    async def _start(self, backbone: Backbone, item: Any) -> prompts.Start:
+        """Where an input's row begins."""
+        given = await self._given(backbone, values_of(item, self.template.fields))
+        return prompts.start(given, backbone, "inputs")
+
+    async def _given(self, backbone: Backbone, values: Mapping[str, str]) -> list[int]:
         if self.template.roles:
-            ids = await prompts.render(backbone.tokenizer, self.template.messages(values))
-        else:
-            ids = (await prompts.encode_pieces(backbone.tokenizer, self.template.pieces(values))).ids
-        if backbone.info.decoder_start is None:
-            return Prompt(ids, [])
-        if len(ids) > backbone.info.max_model_len:
-            raise ContextTooLong(
-                f"This model reads at most {backbone.info.max_model_len} tokens; the input has {len(ids)}.",
-                param="inputs",
-            )
-        return Prompt([backbone.info.decoder_start], ids)
+            return await prompts.render(backbone.tokenizer, self.template.messages(values))
+        return (await prompts.encode_pieces(backbone.tokenizer, self.template.pieces(values))).ids
 
 
 class Generate(GeneratedWay[GenerateParameters]):
@@ -80,20 +62,18 @@ class Generate(GeneratedWay[GenerateParameters]):
         return await side_by_side(inputs, partial(self._one, call, parameters), MOST_ROWS)
 
     async def _one(self, call: Call, parameters: GenerateParameters, item: Any) -> Output:
-        backbone = call.backbone
-        prompt = await self._prompt(backbone, values_of(item, self.template.fields))
-        room = prompts.room(prompt.ids, backbone, "inputs")
-        chat = bool(self.template.roles)
-        wanted = parameters.max_tokens or (room if chat else DEFAULT_MAX_TOKENS)
+        backbone, chat = call.backbone, bool(self.template.roles)
+        start = await self._start(backbone, item)
+        wanted = parameters.max_tokens or (start.room if chat else DEFAULT_MAX_TOKENS)
         row = Row(
             0,
-            prompt.ids,
-            prompts.sampling(parameters, backbone, max_tokens=min(wanted, room), copy=0, logprobs=None),
+            start.prompt,
+            prompts.sampling(parameters, backbone, max_tokens=min(wanted, start.room), copy=0, logprobs=None),
             parameters.stop or (),
-            continues=not chat and not prompt.source,
-            source=prompt.source,
+            continues=not chat and not start.source,
+            source=start.source,
         )
-        call.prompt_tokens += prompt.tokens
+        call.prompt_tokens += len(row.given)
         generation = Generation(
             call.engine, backbone.tokenizer, call.metrics, call.tenant, call.target.delta, call.started
         )
@@ -119,34 +99,33 @@ class Likelihood(GeneratedWay[LikelihoodParameters]):
             await _tokens(backbone, text, "labels")
 
     async def run(self, call: Call, inputs: Sequence[Any], parameters: LikelihoodParameters) -> list[Outcome]:
-        most = max(1, MOST_ROWS // len(self.choices or range(8)))
         known = {text: await _tokens(call.backbone, text, "labels") for text in (self.choices or {}).values()}
+        widest = max((len(item[CHOICES]) for item in inputs if _brings_choices(item)), default=len(known))
+        most = MOST_ROWS // min(max(widest, len(known), 1), MAX_CHOICES)
         return await side_by_side(inputs, partial(self._one, call, parameters, known), most)
 
     async def _one(
         self, call: Call, parameters: LikelihoodParameters, known: Mapping[str, list[int]], item: Any
     ) -> Output:
         choices, item = self._choices(item)
-        prompt = await self._prompt(call.backbone, values_of(item, self.template.fields))
-        room = prompts.room(prompt.ids, call.backbone, "inputs")
+        start = await self._start(call.backbone, item)
         tokens = [
             known.get(text) or await _tokens(call.backbone, text, "inputs") for text in choices.values()
         ]
-        if (longest := max(map(len, tokens))) > room:
+        if (longest := max(map(len, tokens))) > start.room:
             raise ContextTooLong(
-                f"The prompt and the longest choice have {len(prompt.ids) + longest} tokens together; this model takes "
-                f"{call.backbone.info.max_model_len}.",
+                f"The longest choice has {longest} tokens, and behind the prompt there is room for {start.room}.",
                 param="inputs",
             )
-        used = prompt.tokens + sum(map(len, tokens))
+        used = len(start.source or start.prompt) + sum(map(len, tokens))
         call.prompt_tokens += used
         call.metrics.prompt_accepted(call.tenant, used)
         found = await call.engine.score(
-            prompt=prompt.ids,
+            prompt=start.prompt,
             choices=tokens,
             delta=call.target.delta,
             tenant=call.tenant,
-            source=prompt.source,
+            source=start.source,
         )
         scores = [sum(line) / (len(line) if parameters.normalize == "mean" else 1) for line in found]
         if self.as_classes:
@@ -164,16 +143,20 @@ class Likelihood(GeneratedWay[LikelihoodParameters]):
             return self.choices, item
         given = item[CHOICES]
         if (
-            not isinstance(given, list)
-            or not 0 < len(given) <= MAX_LABELS
+            not _brings_choices(item)
+            or not 0 < len(given) <= MAX_CHOICES
             or not all(isinstance(text, str) and text for text in given)
             or len(set(given)) < len(given)
         ):
             raise InvalidRequest(
-                f"The input's 'choices' must be 1 to {MAX_LABELS} different texts, none of them empty.",
+                f"The input's 'choices' must be 1 to {MAX_CHOICES} different texts, none of them empty.",
                 param="inputs",
             )
         return dict(zip(given, given, strict=True)), {k: v for k, v in item.items() if k != CHOICES}
+
+
+def _brings_choices(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get(CHOICES), list)
 
 
 async def _tokens(backbone: Backbone, text: str, param: str) -> list[int]:

@@ -14,8 +14,12 @@ _ids = count()
 
 
 def row(prompt: int, max_tokens: int = 4, tenant: str = "a", digest: str | None = None) -> Sequence:
+    """A row whose prompt begins like no other's."""
+    number = next(_ids)
     delta = None if digest is None else DeltaRef(digest, f"{digest}.safetensors")
-    return Sequence(next(_ids), tenant, [1] * prompt, SamplingParams(max_tokens=max_tokens), delta)
+    return Sequence(
+        number, tenant, [number, *[1] * (prompt - 1)][:prompt], SamplingParams(max_tokens=max_tokens), delta
+    )
 
 
 def make(**sizes: int) -> Scheduler:
