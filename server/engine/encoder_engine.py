@@ -58,7 +58,8 @@ class EncoderEngine(StepLoop):
         self._embedder = embedder
         self._running = 0  # rows of the step before
         self._positions = runner.backbone.spec.max_positions
-        self._types = getattr(runner.backbone.model.config, "type_vocab_size", 1)
+        types = runner.backbone.spec.sites.get("embed.types")
+        self._types = 1 if types is None else types.in_features
 
     def _step(self) -> bool:
         jobs = self.batcher.next(self._ready)
