@@ -60,10 +60,8 @@ class PieceEncoder:
         whole = self._fast.post_process(encodings[0], pair, add_special_tokens=around)
         words: list[Word | None] = [None] * len(whole.ids)
         if pair is None:
-            inside = (n for n, around in enumerate(whole.special_tokens_mask) if not around)
-            for n, word in zip(
-                inside, given[0][1], strict=False
-            ):  # of a cut text the last words are left over
+            inside = [n for n, control in enumerate(whole.special_tokens_mask) if not control]
+            for n, word in zip(inside, given[0][1][: len(inside)], strict=True):
                 words[n] = word
         return EncodedText(whole.ids, whole.type_ids if self._types else None, words)
 

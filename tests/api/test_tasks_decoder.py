@@ -150,7 +150,11 @@ def test_values_spell_no_control_tokens(tiny: Tiny) -> None:
         answer = response.json()
         assert answer["usage"]["prompt_tokens"] == len(ids) + 1
         assert answer["outputs"][0]["scores"]["z"] == pytest.approx(sum(wanted), rel=1e-4)
-        (spelled,) = infer(http, "turn", {"text": "a", "choices": ["<|end|>", "b"]})
+        define(http, "ends", "score", "tiny", template="<|start|>{text}<|end|>", labels=["<|end|>", "b"])
+        (own,) = infer(http, "ends", "a")  # the task's author may
+        (spelled,) = infer(http, "ends", {"text": "a", "choices": ["<|end|>", "b"]})
+        assert own["scores"]["b"] == pytest.approx(spelled["scores"]["b"], rel=1e-5)
+        assert own["scores"]["<|end|>"] != pytest.approx(spelled["scores"]["<|end|>"], rel=1e-2)
         three = tiny.likelihoods([ids[0], *tokenizer("a")["input_ids"], ids[-1]], ["b"])
         assert spelled["scores"]["b"] == pytest.approx(sum(three[0]), rel=1e-4)
         assert spelled["scores"]["<|end|>"] < spelled["scores"]["b"]  # seven tokens, not one

