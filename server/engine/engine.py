@@ -125,9 +125,14 @@ class Engine(StepLoop):
         for seq in plan.rejected:
             limit = self.scheduler.slot_tokens
             self._fail(seq, "context_length_exceeded", f"prompt and delta prefix exceed {limit} tokens")
-        for seq in plan.admitted:
-            self._queued.append((seq.started or seq.arrived) - seq.arrived)
+        for seq in plan.preempted:
             row = self._rows[seq.id]
+            self._let_go(seq, row)
+            row.prompt_logprobs.clear()  # they come again
+        for seq in plan.admitted:
+            row = self._rows[seq.id]
+            if not seq.output:
+                self._queued.append((seq.started or seq.arrived) - seq.arrived)
             row.slot = seq.slot
             if seq.delta is not None:
                 row.delta = self.residency.acquire(seq.delta.digest)
@@ -212,11 +217,14 @@ class Engine(StepLoop):
 
     def _close(self, seq: Sequence) -> None:
         """A row has left the scheduler: let go of its delta and its KV pages."""
-        row = self._rows.pop(seq.id)
+        self._let_go(seq, self._rows.pop(seq.id))
+
+    def _let_go(self, seq: Sequence, row: _Row) -> None:
         if row.slot is not None:
-            self.runner.end(row.slot, seq.prefix + seq.computed)
+            self.runner.end(row.slot)
         if row.delta is not None:
             self.residency.release(seq.digest)
+        row.slot = row.delta = None
 
     def _fail_waiting(self, digest: str, code: str, message: str) -> None:
         for seq in self.scheduler.fail_waiting(digest):
@@ -228,6 +236,7 @@ class Engine(StepLoop):
             rows_waiting=self.scheduler.rows_waiting,
             kv_tokens_used=self.scheduler.kv_tokens_used,
             kv_tokens_total=self.scheduler.kv_tokens,
+            preemptions=self.scheduler.preemptions,
             prefix_cache_queries=self.scheduler.cache.queried,
             prefix_cache_hits=self.scheduler.cache.hit,
         )

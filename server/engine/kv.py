@@ -62,10 +62,11 @@ class SlotKV:
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """The first ``length`` tokens of another slot."""
+        self.note(slot, length)
         self.data[slot, :, :, :, :length] = self.data[source, :, :, :, :length]
 
-    def left(self, slot: int, length: int) -> None:
-        """A row of ``length`` tokens left its slot; what it wrote stays."""
+    def note(self, slot: int, length: int) -> None:
+        """The first ``length`` tokens of a slot are being written."""
         self._written[slot] = max(self._written[slot], length)
 
     def empty(self, slot: int) -> None:
@@ -110,6 +111,8 @@ class Attention:
         self._added: dict[int, Tensor] = {}  # by first token
         device = kv.data.device
         self.rows = list(zip(slots, starts, counts, strict=True))
+        for slot, start, count in self.rows:
+            kv.note(slot, start + count)
         self.token_slots = torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=device)
         self.token_positions = torch.tensor(
             [p for _, b, c in self.rows for p in range(b, b + c)], device=device

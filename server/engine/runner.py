@@ -55,7 +55,7 @@ class StepRunner(Protocol):
 
     def begin(self, seq: Sequence, delta: PackedDelta | None) -> None: ...
 
-    def end(self, slot: int, tokens: int) -> None: ...
+    def end(self, slot: int) -> None: ...
 
     def empty(self, slot: int) -> None: ...
 
@@ -107,9 +107,8 @@ class Runner:
         elif delta is not None and delta.prefix is not None:
             self.kv.put_prefix(slot, delta.prefix)
 
-    def end(self, slot: int, tokens: int) -> None:
-        """A row of so many computed tokens, its delta's among them, has left its slot; others may use what is there."""
-        self.kv.left(slot, tokens)
+    def end(self, slot: int) -> None:
+        """A row has left its slot: its keys and values stay there for others."""
 
     def empty(self, slot: int) -> None:
         """Nobody will use what is in a slot."""

@@ -4,17 +4,19 @@
     out = runner.run(plan)
     ... seq.advance(...) for each row, scheduler.finish(seq) for those that ended
 
-A row is admitted with everything it can ever need reserved (prefix + prompt + output limit), so a running row
-never fails for lack of KV.
+A row is admitted when its prompt has room, and some more for what running rows will generate. When they have generated
+more than there is room for, the newest of them goes back to waiting and computes its tokens again later: no row ever
+fails for lack of KV.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from server.engine.chunks import chunks
 from server.engine.sequence import Sequence
 from server.engine.sharing import key_of, share, waits
 from server.engine.slots import Held, SlotPool
@@ -22,6 +24,8 @@ from server.engine.waiting import FairQueue
 from server.errors import ContextTooLong, InvalidRequest, Unavailable
 
 Ready = Callable[[Sequence], int | None]
+
+GROWTH = 32  # tokens: what a row is expected to generate before room must be found for more
 
 
 class IntegrityError(RuntimeError):
@@ -42,16 +46,17 @@ class PlannedRow:
 class Plan:
     """One step.
 
-    ``rows`` are decode rows (count 1), then prefill chunks; within each of the two, rows of one delta are
-    adjacent, base rows first, otherwise in order of admission. ``admitted`` got a slot in this call and
-    ``rejected`` turned out not to fit behind their delta's prefix: they are gone from the scheduler and must
-    be answered with an error. The memory of ``emptied`` slots may be given back once the admitted have begun.
+    ``rows`` are decode rows (count 1), then prefill chunks; within each of the two, rows of one delta are adjacent, base
+    rows first, otherwise in order of admission. ``preempted`` rows lost their slot in this call, and wait again; then
+    ``admitted`` got one. ``rejected`` turned out not to fit behind their delta's prefix: they are gone from the scheduler
+    and must be answered with an error. The memory of ``emptied`` slots may be given back once the admitted have begun.
     """
 
     rows: list[PlannedRow]
     decode_rows: int
     admitted: list[Sequence] = field(default_factory=list)
     rejected: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
     emptied: list[int] = field(default_factory=list)
 
     @property
@@ -76,8 +81,8 @@ class CacheCounts:
 class Scheduler:
     """Owns the waiting rows, the running rows, the KV slots and the KV token budget. Not thread-safe.
 
-    ``max_rows`` slots of ``slot_tokens`` tokens each, and of ``source_tokens`` of an encoder's (0: there is none); all
-    reservations together stay within ``kv_tokens``; at most ``prefill_tokens`` prompt tokens a step; at most
+    ``max_rows`` slots of ``slot_tokens`` tokens each, and of ``source_tokens`` of an encoder's (0: there is none); what
+    running rows hold together stays within ``kv_tokens``; at most ``prefill_tokens`` prompt tokens a step; at most
     ``max_waiting`` rows wait. ``weights`` are tenants' shares (1.0 where absent).
 
     A source is read whole in the step in which its row begins, and counts as prompt tokens; one that is longer than a
@@ -114,8 +119,8 @@ class Scheduler:
         self._queue: FairQueue[Sequence] = FairQueue(weights)
         self._running: dict[int, Sequence] = {}  # in order of admission
         self._pool = SlotPool(max_rows)
-        self._kv_used = 0
         self.cache = CacheCounts()
+        self.preemptions = 0
 
     @property
     def rows_running(self) -> int:
@@ -127,8 +132,8 @@ class Scheduler:
 
     @property
     def kv_tokens_used(self) -> int:
-        """KV tokens reserved by running rows."""
-        return self._kv_used
+        """KV tokens that running rows hold, or will once their prompts are computed."""
+        return sum(seq.held for seq in self._running.values())
 
     def waiting(self) -> Iterator[Sequence]:
         """The waiting rows, for prefetching their deltas. Do not add or remove rows while iterating."""
@@ -192,9 +197,11 @@ class Scheduler:
         ``admitted`` must have its delta held before the next load or eviction.
         """
         plan = Plan([], 0)
+        self._preempt(plan)
         self._admit(ready, plan)
         decode = sorted((seq for seq in self._running.values() if seq.decoding), key=_digest)
-        counts = self._chunks([seq for seq in self._running.values() if not seq.decoding and seq.uncomputed])
+        filling = [seq for seq in self._running.values() if not seq.decoding and seq.uncomputed]
+        counts = chunks(filling, self.prefill_tokens, self._queue.served)
         prefill = sorted((seq for seq in self._running.values() if counts.get(seq.id)), key=_digest)
         for seq in decode:
             plan.rows.append(PlannedRow(seq, seq.computed, 1, samples=seq.remaining > 0))
@@ -204,7 +211,7 @@ class Scheduler:
             plan.rows.append(PlannedRow(seq, seq.computed, count, samples))
         plan.decode_rows = len(decode)
         for row in plan.rows:
-            self._queue.charge(row.seq.tenant, row.count + row.seq.unread)
+            self._queue.charge(row.seq.tenant, row.seq.charge(row.count))
         return plan
 
     def check_integrity(self) -> None:
@@ -218,14 +225,14 @@ class Scheduler:
 
         A row whose delta is loading is skipped and keeps its place. A ready row that does not fit stops
         admission: letting smaller rows pass it for ever would starve it, and running rows end by themselves.
-        (Preemption belongs here later: ``_release`` a running row, set its ``computed`` to 0, and put it
-        back at the front of its tenant's line.)
         """
         if not len(self._pool) or not self.rows_waiting:
             return
         loading: set[str] = set()  # ask once a call about each delta
+        wanted = sum(_expected(seq) for seq in self._running.values())
 
         def take(seq: Sequence) -> bool | None:
+            nonlocal wanted
             if not len(self._pool):
                 return None
             if seq.digest in loading or waits(seq):
@@ -238,22 +245,22 @@ class Scheduler:
             if room < 1:
                 plan.rejected.append(seq)
                 return False
-            limit = min(seq.sampling.max_tokens, room)
-            reserved = prefix + len(seq.prompt) + limit + len(seq.source)
-            if self._kv_used + reserved > self.kv_tokens:
+            seq.prefix, seq.limit = prefix, min(seq.sampling.max_tokens, room)
+            if wanted + _expected(seq) > self.kv_tokens:
                 return None
             shared = share(seq, self._running.values(), self._pool)
             seq.behind = shared.behind
             if seq.behind is not None:
                 return False
-            seq.prefix, seq.limit, seq.slot = prefix, limit, self._pool.take(shared.slot, shared.count)
-            seq.copied_from, seq.computed, seq.cached = shared.slot, shared.count, shared.count
-            self.cache.queried += len(seq.prompt)
-            self.cache.hit += seq.cached
-            self._kv_used += reserved
+            wanted += _expected(seq)
+            seq.slot = self._pool.take(shared.slot, shared.count)
+            seq.copied_from, seq.computed = shared.slot, shared.count
             self._running[seq.id] = seq
             if seq.started is None:
                 seq.started = self._clock()
+                seq.cached = seq.charged = shared.count
+                self.cache.queried += len(seq.prompt)
+                self.cache.hit += seq.cached
             plan.admitted.append(seq)
             return True
 
@@ -263,23 +270,21 @@ class Scheduler:
         self._queue.offer(take, backlog)
         for seq in plan.rejected:
             self._forget(seq)
-        self._pool.shrink(self.kv_tokens - self._kv_used)
+        self._pool.shrink(self.kv_tokens - self.kv_tokens_used)
         plan.emptied = self._pool.empty()
 
-    def _chunks(self, rows: list[Sequence]) -> dict[int, int]:
-        """How many tokens of each prefilling row to compute, by row id.
-
-        Half of the budget goes by fairness (tenant's counter, then order of admission), which alone
-        guarantees that every row gets on; the rest goes to the rows with the least left, so that a short
-        prompt need not wait for a long one.
-        """
-        counts: dict[int, int] = {}
-        fair = sorted(rows, key=lambda seq: self._queue.served(seq.tenant))
-        left = _share((seq for seq in fair if not seq.unread), (self.prefill_tokens + 1) // 2, counts)
-        left = _begin((seq for seq in fair if seq.unread), left + self.prefill_tokens // 2, counts)
-        short = sorted((seq for seq in rows if not seq.unread or seq.id in counts), key=_uncomputed)
-        _share(short, left, counts)
-        return counts
+    def _preempt(self, plan: Plan) -> None:
+        """Takes rows out, the newest of whoever has been served most first, until the others have room for a step."""
+        over = self.kv_tokens_used - self.kv_tokens
+        while over > 0:
+            newest = reversed(list(self._running.values()))
+            seq = max(newest, key=lambda seq: self._queue.served(seq.tenant))
+            over -= seq.held
+            self._release(seq, sound=True)
+            seq.computed, seq.copied_from = 0, None
+            self._queue.put_back(seq)
+            self.preemptions += 1
+            plan.preempted.append(seq)
 
     def _forget(self, seq: Sequence, *, sound: bool = True) -> None:
         del self._known[seq.id]
@@ -290,11 +295,10 @@ class Scheduler:
         self._queue.leave(seq.tenant)
 
     def _release(self, seq: Sequence, *, sound: bool) -> None:
-        """Give back a running row's slot and reservation; what it computed stays there for others, if it is ``sound``."""
+        """Give back a running row's slot; what it computed stays there for others, if it is ``sound``."""
         if seq.slot is None:
             raise IntegrityError(f"row {seq.id} has no slot to give back")
         del self._running[seq.id]
-        self._kv_used -= seq.reserved
         held = (
             Held(key_of(seq), seq.tokens(0, seq.computed), seq.prefix) if sound and not seq.source else None
         )
@@ -305,16 +309,10 @@ class Scheduler:
         held = [seq.slot for seq in self._running.values()]
         if sorted([*self._pool, *(slot for slot in held if slot is not None)]) != list(range(self.max_rows)):
             yield f"slots do not add up: free {[*self._pool]}, held {held}"
-        if self._kv_used != sum(seq.reserved for seq in self._running.values()):
-            yield f"{self._kv_used} KV tokens counted, not what running rows reserve"
-        if self._kv_used > self.kv_tokens:
-            yield f"{self._kv_used} KV tokens reserved of {self.kv_tokens}"
         for seq in self._running.values():
-            if not (
-                0 <= seq.computed <= seq.length
-                and seq.prefix + seq.length <= seq.reserved - len(seq.source) <= self.slot_tokens
-            ):
-                yield f"row {seq.id}: computed {seq.computed}, length {seq.length}, reserved {seq.reserved}"
+            tokens = seq.prefix + seq.length
+            if not (0 <= seq.computed <= seq.length and tokens + max(0, seq.remaining) <= self.slot_tokens):
+                yield f"row {seq.id}: computed {seq.computed}, length {seq.length}, remaining {seq.remaining}"
         waiting = list(self._queue)
         if any(seq.slot is not None for seq in waiting):
             yield "a waiting row holds a slot"
@@ -327,33 +325,6 @@ def _digest(seq: Sequence) -> str:
     return seq.digest
 
 
-def _uncomputed(seq: Sequence) -> int:
-    return seq.uncomputed
-
-
-def _begin(rows: Iterable[Sequence], budget: int, counts: dict[int, int]) -> int:
-    """Lets rows begin in order, with their whole source and one token each, until one does not fit; returns what is left.
-
-    The first begins in any case, and the first that does not fit ends it, so that none is passed over for ever.
-    """
-    began = False
-    for seq in rows:
-        if began and seq.unread + 1 > budget:
-            break
-        began = True
-        counts[seq.id] = 1
-        budget -= seq.unread + 1
-    return budget
-
-
-def _share(rows: Iterable[Sequence], budget: int, counts: dict[int, int]) -> int:
-    """Hand ``budget`` tokens to rows in order, adding to ``counts``; returns what nobody needed."""
-    for seq in rows:
-        if budget <= 0:
-            break
-        given = counts.get(seq.id, 0)
-        count = min(budget, seq.uncomputed - given)
-        if count:
-            counts[seq.id] = given + count
-            budget -= count
-    return budget
+def _expected(seq: Sequence) -> int:
+    """KV tokens to have ready for a row: what it holds, and what it is likely to generate before others end."""
+    return seq.held + min(max(0, seq.remaining), GROWTH)

@@ -138,11 +138,9 @@ class Seq2SeqRunner:
                     kv.values[layer][slot, :, : len(prefix.values)] = prefix.values.transpose(0, 1)
         return held
 
-    def end(self, slot: int, tokens: int) -> None:
-        """A row of so many computed tokens, its delta's among them, has left its slot."""
-        held = self._held.pop(slot)
-        self.kv.left(slot, tokens)
-        self.cross.left(slot, held.read + max(part.length for part in held.cross))
+    def end(self, slot: int) -> None:
+        """A row has left its slot."""
+        del self._held[slot]
 
     def empty(self, slot: int) -> None:
         """Nobody will use what is in a slot."""
@@ -252,6 +250,7 @@ class Seq2SeqRunner:
         first = 0
         for length, same in zip(lengths, rows, strict=True):
             for row in same:
+                self.cross.note(row.slot, length + max(part.length for part in row.cross))
                 tokens += range(first, first + length)
                 slots += [row.slot] * length
                 places += [(row, at) for at in range(length)]

@@ -28,7 +28,7 @@ def key_of(seq: Sequence) -> Key:
 def share(seq: Sequence, running: Iterable[Sequence], pool: SlotPool) -> Share:
     """What a waiting row can have of rows that run, and of those that left their slots."""
     most = _most(seq)
-    key, prompt = key_of(seq), seq.prompt[:most]
+    key, prompt = key_of(seq), seq.tokens(0, most)
     if most < WORTH or seq.source:
         return Share()
     slot, count = pool.best(key, prompt) or (None, 0)
@@ -41,7 +41,7 @@ def share(seq: Sequence, running: Iterable[Sequence], pool: SlotPool) -> Share:
             slot, count = other.slot, min(alike, other.computed)
         if alike > promised:
             leader, promised = other, alike
-    left = len(seq.prompt) - count
+    left = seq.length - count
     # waiting pays if at least half of what is left to compute comes for nothing
     if leader is not None and leader.computed < promised and promised - count >= max(WORTH, left / 2):
         return Share(behind=leader)
@@ -58,7 +58,7 @@ def waits(seq: Sequence) -> bool:
 
 def _most(seq: Sequence) -> int:
     """Tokens that the row may take from others: the last is computed anew, and all that logits are wanted of."""
-    most = len(seq.prompt) - 1
+    most = seq.length - 1
     if seq.sampling.prompt_logprobs is not None:
         most = min(most, seq.sampling.prompt_logprobs_from - 1)
     return max(0, most)

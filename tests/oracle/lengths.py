@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     RobertaConfig,
+    T5Config,
 )
 
 from tests.unit.backbones import tiny
@@ -81,6 +82,26 @@ ENCODERS: Mapping[str, Encoder] = {
     ),
 }
 """By family."""
+
+
+def _t5(feed_forward: str) -> PretrainedConfig:
+    return T5Config(
+        vocab_size=tiny.VOCAB,
+        d_model=tiny.HIDDEN,
+        d_kv=8,
+        d_ff=tiny.INNER,
+        num_layers=tiny.LAYERS,
+        num_heads=tiny.HEADS,
+        feed_forward_proj=feed_forward,
+        tie_word_embeddings=feed_forward == "relu",
+    )
+
+
+ENCODER_DECODERS: Mapping[str, Callable[[], PretrainedConfig]] = {
+    "t5": lambda: _t5("relu"),
+    "t5 gated": lambda: _t5("gated-gelu"),
+}
+"""As the decoders'."""
 
 
 def write(config: PretrainedConfig, kind: Any, folder: Path) -> Path:

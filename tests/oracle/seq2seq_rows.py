@@ -75,7 +75,7 @@ def score(runner: Seq2SeqRunner, rows: Several[PaddedRow], *, first: int = 1, ch
             plan.seq.advance(plan.count)
         for _, seq, _ in live:
             if not seq.uncomputed and seq.slot is not None:
-                runner.end(seq.slot, seq.prefix + seq.computed)
+                runner.end(seq.slot)
                 free.append(seq.slot)
         live = [item for item in live if item[1].uncomputed]
     return [torch.cat(part) for part in parts]

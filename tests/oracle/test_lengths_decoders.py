@@ -95,5 +95,5 @@ def test_every_length_and_kind_in_one_batch(name: str, tmp_path: Path) -> None:
 
 
 def test_every_served_family_has_such_a_test() -> None:
-    decoders = {make().model_type for make in lengths.DECODERS.values()}
-    assert decoders | lengths.ENCODERS.keys() == set(SERVED)
+    makers = [*lengths.DECODERS.values(), *lengths.ENCODER_DECODERS.values()]
+    assert {make().model_type for make in makers} | lengths.ENCODERS.keys() == set(SERVED)

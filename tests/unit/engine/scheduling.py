@@ -79,7 +79,9 @@ class Engine:
         scheduler = self.scheduler
         decoding = {seq.id for seq in scheduler.running() if seq.decoding}
         plan = scheduler.next(self.ready)
-        self.check(plan, decoding)
+        for seq in plan.admitted:
+            self.next_token[seq.id] = seq.computed  # again, for one that was preempted
+        self.check(plan, decoding - {seq.id for seq in plan.preempted})
         for seq in plan.rejected:
             assert seq.prefix == 0
             assert self.prefixes[seq.digest] + len(seq.prompt) >= scheduler.slot_tokens

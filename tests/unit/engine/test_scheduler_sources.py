@@ -68,7 +68,7 @@ def test_a_long_decoder_prompt_gets_on_while_sources_keep_coming() -> None:
     assert scored.computed == 60
 
 
-def test_sources_are_checked_reserved_and_charged() -> None:
+def test_sources_are_checked_counted_and_charged() -> None:
     engine = scheduler()
     with pytest.raises(InvalidRequest, match="empty"):
         engine.add(row(0))
@@ -80,7 +80,7 @@ def test_sources_are_checked_reserved_and_charged() -> None:
         make(source_tokens=64, kv_tokens=100)
     engine.add(row(30))
     engine.next(resident)
-    assert engine.kv_tokens_used == 30 + 1 + 4
+    assert engine.kv_tokens_used == 30 + 1
 
 
 def test_a_tenant_with_long_sources_waits_for_one_with_short_ones() -> None:

@@ -172,6 +172,7 @@ def test_no_row_ever_reads_what_is_not_its_own(data: st.DataObject) -> None:
         {"p": 3},
     )
     alive: list[Sequence] = []
+    cancelled: set[int] = set()
     for _ in range(data.draw(st.integers(1, 25))):
         match data.draw(st.sampled_from(["add", "add", "step", "step", "cancel"])):
             case "add":
@@ -180,7 +181,7 @@ def test_no_row_ever_reads_what_is_not_its_own(data: st.DataObject) -> None:
                 )
                 seq = row(
                     prompt,
-                    data.draw(st.integers(0, 8)),
+                    data.draw(st.integers(0, 40)),
                     data.draw(st.sampled_from("ab")),
                     data.draw(st.sampled_from(["", "p"])),
                 )
@@ -189,6 +190,9 @@ def test_no_row_ever_reads_what_is_not_its_own(data: st.DataObject) -> None:
             case "step":
                 memory.step()
             case "cancel" if alive:
-                memory.scheduler.cancel(data.draw(st.sampled_from(alive)).id)
+                seq = data.draw(st.sampled_from(alive))
+                cancelled.add(seq.id)
+                memory.scheduler.cancel(seq.id)
     memory.run()
     assert all(seq.cached == 0 or seq.cached >= WORTH for seq in alive)
+    assert all(seq.remaining == 0 or seq.id in cancelled for seq in alive)
