@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -103,6 +103,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs_from: int = 0
 
 
+TaskKind = Literal["generate", "classify", "regress", "score", "embed", "tag"]
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """A named inference endpoint of a tenant.
+
+    ``template`` is a text, a pair of texts, or a chat's messages (``{"role", "content"}``); ``labels`` are names, or
+    names with what stands for each. ``model`` is a name as requests give it, resolved at each use.
+    """
+
+    name: str
+    kind: TaskKind
+    model: str
+    template: str | list[str | dict[str, str]] | None = None
+    labels: list[str] | dict[str, list[str]] | None = None
+    parameters: dict[str, Any] = {}
+    created_at: int
+
+
 class DeltaPart(msgspec.Struct, frozen=True):
     """One term of a sum: a delta's digest, the local file that holds its native form, and its weight."""
 
@@ -174,10 +193,53 @@ class TokenEvent(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
+class TextPiece(NamedTuple):
+    """A part of a text. ``own``: its writer may spell control tokens in it (a task's template, not a client's value)."""
+
+    text: str
+    own: bool
+
+
+class EncodedText(msgspec.Struct, frozen=True):
+    """A text's token ids, or a pair's.
+
+    ``types`` are token types where the backbone's tokenizer gives them. ``words`` has for each token its word's number
+    and where in the text it lies, (word, first character, end): None for control tokens around the text, and for
+    every token of a pair.
+    """
+
+    ids: list[int]
+    types: list[int] | None
+    words: list[tuple[int, int, int] | None]
+
+
+class EncoderInput(msgspec.Struct, frozen=True):
+    """One row for an encoder: token ids, their types (zeros where None), and the position of its ``mask`` if it has one."""
+
+    ids: list[int]
+    types: list[int] | None = None
+    mask: int | None = None
+
+
+class Want(msgspec.Struct, frozen=True):
+    """What an encoder shall make of rows.
+
+    ``embedding``: one vector, pooled and normalised as the backbone's files say unless ``pooling`` (``mean``, ``cls``,
+    ``max``) or ``normalise`` say otherwise. ``head``: the outputs of the delta's head. ``tokens``: those of a head that
+    gives some for every token. ``mask``: the logits of the tokens ``candidates`` at the row's mask.
+    """
+
+    kind: Literal["embedding", "head", "tokens", "mask"]
+    pooling: str | None = None
+    normalise: bool | None = None
+    candidates: list[int] = []
+
+
 class Vector(msgspec.Struct, frozen=True):
-    """What an encoder made of one row: its embedding, or its head's outputs; ``values`` are little-endian float32."""
+    """What an encoder made of one row: little-endian float32 ``values``; of ``tokens``, one line after another."""
 
     values: bytes
+    lines: int = 1
 
 
 class BackboneInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,21 +47,22 @@ def without_head(target: Target) -> None:
             )
 
 
-def head_of(target: Target) -> tuple[str, list[str] | None]:
-    """The kind and the labels of the one head that classifies. Raises :class:`UnsupportedTask` where there is none."""
+def head_of(target: Target, served: tuple[str, ...] = CLASSIFIES) -> tuple[str, list[str] | None]:
+    """The kind, one of ``served``, and the labels of the one head. Raises :class:`UnsupportedTask` where there is none."""
     heads = [record for record in target.records if record.task_kind is not None]
     if not heads:
         raise UnsupportedTask(
-            f"'{target.model}' has no task head to classify with; a delta brings one (PEFT's SEQ_CLS, AdapterHub's "
+            f"'{target.model}' has no task head; a delta brings one (PEFT's SEQ_CLS, AdapterHub's "
             "heads, the native method 'head')."
         )
     if len(heads) > 1:
         names = ", ".join(record.name for record in heads)
         raise UnsupportedTask(f"The deltas {names} bring a task head each; a sum can have one.")
     (record,) = heads
-    if record.task_kind not in CLASSIFIES:
+    if record.task_kind not in served:
+        gives = "an output for every token" if record.task_kind == "tag" else "outputs for a whole input"
         raise UnsupportedTask(
-            f"The head of '{record.name}' is for '{record.task_kind}', which gives an output for every token; "
-            f"here: {', '.join(CLASSIFIES)}."
+            f"The head of '{record.name}' is for '{record.task_kind}', which gives {gives}; "
+            f"here: {', '.join(served)}."
         )
     return str(record.task_kind), record.labels

@@ -25,6 +25,7 @@ from server.store.deltas import DeltaStore
 from server.store.idempotency import IdempotencyStore
 from server.store.keys import Keys
 from server.store.registry import Registry
+from server.store.tasks import TaskStore
 from server.store.tenants import TenantStore
 from server.store.valkey import EmbeddedValkey
 from server.tenants.auth import Authenticator
@@ -54,6 +55,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
             settings=settings,
             deltas=deltas,
             tenants=tenants,
+            tasks=TaskStore(redis, keys),
             authenticator=Authenticator(tenants, settings.admin_key or admin_key(settings.data_dir)[0]),
             idempotency=IdempotencyStore(redis, keys),
             engine=EngineClient(settings),

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 from server.api.ports import Tokenizer
-from server.api.schemas import GenerationRequest, Message
+from server.api.schemas import Message, SamplingFields
 from server.api.services import Backbone
 from server.errors import ContextTooLong, InvalidRequest
-from server.types import SamplingParams
+from server.types import EncodedText, SamplingParams, TextPiece
 
 Number = TypeVar("Number", int, float)
 
@@ -29,6 +29,18 @@ async def encode_within(tokenizer: Tokenizer, text: str, limit: int) -> list[int
     if len(text) <= _INLINE_CHARS:
         return tokenizer.encode_within(text, limit)
     return await asyncio.to_thread(tokenizer.encode_within, text, limit)
+
+
+async def encode_pieces(
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[TextPiece]],
+    limit: int | None = None,
+    add_special_tokens: bool = True,
+) -> EncodedText:
+    """One text made of pieces, or a pair of them, cut to ``limit``."""
+    if sum(len(piece.text) for text in texts for piece in text) <= _INLINE_CHARS:
+        return tokenizer.encode_pieces(texts, limit, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode_pieces, texts, limit, add_special_tokens)
 
 
 async def render(
@@ -88,7 +100,7 @@ def start(tokens: list[int], backbone: Backbone, param: str) -> Start:
 
 
 def sampling(
-    request: GenerationRequest,
+    request: SamplingFields,
     backbone: Backbone,
     *,
     max_tokens: int,

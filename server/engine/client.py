@@ -51,11 +51,13 @@ from server.errors import (
 from server.types import (
     BackboneInfo,
     DeltaRef,
+    EncoderInput,
     EngineStats,
     ProbeResult,
     SamplingParams,
     TokenEvent,
     Vector,
+    Want,
 )
 
 log = structlog.get_logger(__name__)
@@ -195,11 +197,11 @@ class EngineClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def encode(
-        self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str
-    ) -> list[Vector]:
-        """Embeds rows of token ids with an encoder, or puts them through the delta's head: one vector a row, in order.
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+    ) -> list[Vector | DeltaserveError]:
+        """Puts rows through an encoder: what each became, or its own error, in order.
 
-        Raises the first row's error; then, and if the caller is cancelled, no row goes on.
+        If the caller is cancelled, no row goes on.
         """
         async with contextlib.AsyncExitStack() as stack:
             opened = [await stack.enter_async_context(self._conversation()) for _ in rows]
@@ -207,18 +209,17 @@ class EngineClient:
                 return []
             side = opened[0][1]
             numbered = [(found[0], row) for found, row in zip(opened, rows, strict=True)]
-            side.send(Encode(tenant, numbered, delta, head))
-            vectors: list[Vector] = []
+            side.send(Encode(tenant, numbered, delta, want))
+            found: list[Vector | DeltaserveError] = []
             try:
                 for _, _, events in opened:
-                    while not isinstance(event := await events.get(), Vector):
-                        if isinstance(event, DeltaserveError):
-                            raise event
-                    vectors.append(event)
+                    while not isinstance(event := await events.get(), Vector | DeltaserveError):
+                        pass
+                    found.append(event)
             finally:
-                for request_id, _ in numbered[len(vectors) :]:
+                for request_id, _ in numbered[len(found) :]:
                     side.send(Cancel(request_id))
-            return vectors
+            return found
 
     async def load(self, delta: DeltaRef) -> ProbeResult:
         """Brings a delta to the device now and says what it does there.

@@ -13,11 +13,13 @@ import msgspec
 from server.types import (
     BackboneInfo,
     DeltaRef,
+    EncoderInput,
     EngineStats,
     ProbeResult,
     SamplingParams,
     TokenEvent,
     Vector,
+    Want,
 )
 
 
@@ -36,12 +38,12 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
 
 
 class Encode(msgspec.Struct, tag="encode", frozen=True):
-    """Rows for an encoder, by id, as token ids: to be embedded, or put through the delta's ``head``."""
+    """Rows for an encoder, by id, and what they shall become."""
 
     tenant: str
-    rows: list[tuple[int, list[int]]]
+    rows: list[tuple[int, EncoderInput]]
     delta: DeltaRef | None
-    head: bool
+    want: Want
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):

@@ -22,7 +22,7 @@ from server.engine.encoder import EncoderRow, EncoderRunner
 from server.engine.encoder_engine import EncoderEngine
 from server.engine.messages import Cancel, Drop, Encode, Encoded, Failed, Load, Loaded, Reply, Stats, Submit
 from server.engine.process import EngineConfig
-from server.types import DeltaPart, DeltaRef, EngineStats, SamplingParams
+from server.types import DeltaPart, DeltaRef, EncoderInput, EngineStats, SamplingParams, Want
 from tests.deltas_of_every_kind import make
 from tests.encoders import write_encoder
 from tests.tiny import random_delta
@@ -72,7 +72,8 @@ class Harness:
         head: bool = False,
         tenant: str = "t",
     ) -> None:
-        self.engine.receive(Encode(tenant, list(rows.items()), delta, head))
+        want = Want("head" if head else "embedding")
+        self.engine.receive(Encode(tenant, [(n, EncoderInput(ids)) for n, ids in rows.items()], delta, want))
 
     def wait(self, *rows: int) -> None:
         """Until each of these rows or loads has its end."""
