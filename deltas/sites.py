@@ -60,13 +60,24 @@ class Site:
         return (self.out_features, self.in_features)
 
 
+@dataclass(frozen=True, slots=True)
+class TaskHead:
+    """What a backbone's configuration says of the head of the family's own classes for tasks: which tokens it reads,
+    its activation, the epsilon of its norm."""
+
+    pooling: Literal["first", "mean"]
+    activation: str
+    norm_eps: float
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """What the library knows of a backbone without its weights: sizes and sites.
 
     ``revision`` identifies the weights; it is part of every cache key. ``base_prefix`` is how module paths begin in
     the model with a head (``model``, ``bert``; empty for T5); ``conv1d`` tells that linears store ``[in, out]``,
-    ``tied`` that the head's weight is the token embedding.
+    ``tied`` that the head's weight is the token embedding. ``task_head`` is None where the family's head for tasks
+    does not depend on the configuration.
     """
 
     family: str
@@ -84,6 +95,7 @@ class BackboneSpec:
     base_prefix: str = "model"
     conv1d: bool = False
     tied: bool = False
+    task_head: TaskHead | None = None
 
     @cached_property
     def by_path(self) -> Mapping[str, Site]:

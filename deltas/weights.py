@@ -27,6 +27,8 @@ _TIED = {
     ),
     "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
     "cls.predictions.decoder.bias": ("cls.predictions.bias",),
+    "vocab_projector.weight": ("distilbert.embeddings.word_embeddings.weight",),
+    "decoder.weight": ("model.embeddings.tok_embeddings.weight",),
     "lm_head.decoder.weight": ("roberta.embeddings.word_embeddings.weight",),
     "lm_head.decoder.bias": ("lm_head.bias",),
     "encoder.embed_tokens.weight": ("shared.weight",),

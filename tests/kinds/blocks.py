@@ -138,7 +138,7 @@ def invertible(draw: Draw) -> Made:
 
 
 def prompt(draw: Draw) -> Made:
-    after = draw.spec.kind == "encoder" and draw.flip()
+    after = draw.spec.kind == "encoder" and "embed.positions" in draw.spec.sites and draw.flip()
     embeddings = draw.normal(draw.size(1, 6), draw.spec.hidden, std=0.5)
     return {"embeddings": embeddings}, {"after_norm": True} if after else {}
 

@@ -216,6 +216,7 @@ def _attention(
     _mask: Tensor | None,
     scaling: float,
     position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """``query`` ``[rows, heads, tokens, head_dim]``; every row alone, to its own keys only."""
@@ -243,6 +244,10 @@ def _attention(
         if causal:
             hidden = torch.ones(q.shape[1], keys[i], dtype=torch.bool).triu(1)
             scores[:, :, n:] = scores[:, :, n:].masked_fill(hidden, float("-inf"))
+        if sliding_window is not None:
+            at = torch.arange(keys[i])
+            far = (at[:, None] - at).abs() >= sliding_window
+            scores[:, :, n:] = scores[:, :, n:].masked_fill(far, float("-inf"))
         out[i, :, : queries[i]] = scores.softmax(-1) @ v
     return out.transpose(1, 2), None
 

@@ -20,8 +20,10 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     BertForMaskedLM,
+    DistilBertForMaskedLM,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    ModernBertForMaskedLM,
     PreTrainedModel,
     RobertaForMaskedLM,
     T5ForConditionalGeneration,
@@ -106,6 +108,32 @@ FAMILIES: Mapping[str, Family] = {
             head_bias=True,
             norms=("output.LayerNorm",),
             last_norm="layer.1.output.LayerNorm",
+        ),
+        Family(
+            name="distilbert",
+            model=DistilBertForMaskedLM,
+            task=None,
+            linears=("q_lin", "k_lin", "v_lin", "lin1", "lin2", "out_lin"),
+            query_value=("q_lin", "v_lin"),
+            feedforward=("lin2",),
+            embedding="word_embeddings",
+            head="vocab_projector",
+            head_bias=True,
+            norms=("sa_layer_norm",),
+            last_norm="layer.1.output_layer_norm",
+        ),
+        Family(
+            name="modernbert",
+            model=ModernBertForMaskedLM,
+            task=None,
+            linears=("Wqkv", "attn.Wo", "Wi", "mlp.Wo"),
+            query_value=("Wqkv",),
+            feedforward=("mlp.Wo",),
+            embedding="tok_embeddings",
+            head="decoder",
+            head_bias=True,
+            norms=("mlp_norm",),
+            last_norm="final_norm",
         ),
         Family(
             name="t5",
@@ -250,7 +278,7 @@ def _encoder_decoder(model: nn.Module) -> bool:
 
 
 def _masked(model: nn.Module) -> bool:
-    return str(getattr(model.config, "model_type", "")) in ("bert", "roberta")
+    return str(getattr(model.config, "model_type", "")) in ("bert", "distilbert", "modernbert", "roberta")
 
 
 @contextmanager

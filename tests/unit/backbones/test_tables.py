@@ -16,8 +16,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertForMaskedLM,
+    DistilBertForMaskedLM,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    ModernBertForMaskedLM,
     RobertaForMaskedLM,
     T5ForConditionalGeneration,
 )
@@ -30,15 +32,17 @@ from tests.unit.backbones import tiny
 BACKBONES = Path(__file__).parents[2] / "oracle" / "fixtures" / "backbones"
 MODELS: dict[str, Any] = {
     "bert": BertForMaskedLM,
+    "distilbert": DistilBertForMaskedLM,
     "gpt2": GPT2LMHeadModel,
     "llama": LlamaForCausalLM,
+    "modernbert": ModernBertForMaskedLM,
     "roberta": RobertaForMaskedLM,
     "t5": T5ForConditionalGeneration,
     "t5_gated": T5ForConditionalGeneration,
 }
 TOKENS, ENCODED = 7, 5
 OUTER_NORMS = {"gemma2", "gemma3_text"}
-ROTARY = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
+ROTARY = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "modernbert", "qwen2", "qwen3"}
 NEVER_CALLED = {"shared"}  # T5's stacks have token embeddings of their own, which share its weight
 ONLY_A_TIED_BIAS = {"bert": {"cls.predictions"}, "roberta": {"lm_head"}}
 
@@ -156,7 +160,7 @@ def test_blocks(backbone: Backbone, calls: Calls) -> None:
     spec = backbone.spec
     blocks = spec.of_kind(SiteKind.BLOCK)
     ends = {block.path for block in blocks}
-    norms = [s.path for s in spec.of_kind(SiteKind.NORM) if not s.heads_axis and s.path not in ends]
+    ordered = spec.of_kind(SiteKind.NORM, SiteKind.BLOCK)
     parallel = getattr(backbone.model.config, "use_parallel_residual", False)
     cross = sum(".cross." in block.name for block in blocks)
     assert len(blocks) - cross == 2 * spec.layers * (2 if spec.kind == "encoder-decoder" else 1)
@@ -165,8 +169,14 @@ def test_blocks(backbone: Backbone, calls: Calls) -> None:
         assert spec.by_path[block.path].name.endswith(last)
         residual, gave = calls.given[block.residual], calls.gave[block.path]
         if spec.pre_norm:
-            following = norms[norms.index(block.residual) + 1]
-            assert calls.given[block.inner] is calls.gave[block.residual]
+            later = ordered[ordered.index(block) + 1 :]
+            following = next(
+                s.path
+                for s in later
+                if s.kind is SiteKind.NORM and not s.heads_axis and s.path not in ends
+            )
+            normed = block.residual != block.inner  # ModernBERT's first layer has no norm
+            assert calls.given[block.inner] is (calls.gave[block.residual] if normed else residual)
         else:
             following = block.norm
             assert calls.given[block.inner] is residual
