@@ -36,7 +36,9 @@ def _layer(name: str, path: str, config: PretrainedConfig) -> Iterator[Site]:
     hidden, inner = int(config.dim), int(config.hidden_dim)
     attention, feed_forward = f"{path}.attention", f"{path}.ffn"
     for leaf in "qkv":
-        yield Site(f"{name}.attn.{leaf}", SiteKind.LINEAR, f"{attention}.{leaf}_lin", hidden, hidden, bias=True)
+        yield Site(
+            f"{name}.attn.{leaf}", SiteKind.LINEAR, f"{attention}.{leaf}_lin", hidden, hidden, bias=True
+        )
     yield Site(f"{name}.attn.kv", SiteKind.KV, attention, hidden, hidden)
     yield Site(f"{name}.attn.o", SiteKind.LINEAR, f"{attention}.out_lin", hidden, hidden, bias=True)
     yield Site(

@@ -9,9 +9,7 @@ from transformers import PretrainedConfig
 from deltas.backbones.rotary import check_positions
 from deltas.sites import BackboneSpec, Site, SiteKind, TaskHead
 
-NO_PREFIX = (
-    "no library has prefixes for ModernBERT, and what a layer's window would see of one is not agreed; use a prompt"
-)
+NO_PREFIX = "no library has prefixes for ModernBERT, and what a layer's window would see of one is not agreed; use a prompt"
 
 
 def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
@@ -87,9 +85,7 @@ def _feed_forward(index: int, config: PretrainedConfig) -> Iterator[Site]:
     yield Site(f"{name}.norm", SiteKind.NORM, norm, hidden, hidden, bool(config.norm_bias))
     yield from _fused(f"{name}.gate_up", [f"{name}.gate", f"{name}.up"], fused, hidden, inner, bias)
     yield Site(f"{name}.down", SiteKind.LINEAR, f"{path}.mlp.Wo", inner, hidden, bias)
-    yield Site(
-        f"{name}.out", SiteKind.BLOCK, f"{path}.mlp.Wo", hidden, hidden, residual=norm, inner=fused
-    )
+    yield Site(f"{name}.out", SiteKind.BLOCK, f"{path}.mlp.Wo", hidden, hidden, residual=norm, inner=fused)
 
 
 def _fused(name: str, parts: list[str], path: str, given: int, width: int, bias: bool) -> Iterator[Site]:

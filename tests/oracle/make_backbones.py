@@ -95,7 +95,7 @@ def _more_encoders() -> Mapping[str, PreTrainedModel]:
         # the second and third layer attend to four tokens on either side, the first and the last to all
         "modernbert": ModernBertForMaskedLM(
             ModernBertConfig(
-                **_ENCODER | {"num_hidden_layers": 4},
+                **_ENCODER | {"num_hidden_layers": 4, "initializer_range": 0.2},
                 local_attention=8,
                 classifier_pooling="mean",
                 pad_token_id=0,

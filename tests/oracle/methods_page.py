@@ -23,7 +23,15 @@ from tests.oracle.table import FAMILIES, LIBRARIES, Cell, State, peft_methods, p
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 TEMPLATE = Path(__file__).with_name("methods_page.template.md")
-NAMES = {"llama": "Llama", "gpt2": "GPT-2", "bert": "BERT", "roberta": "RoBERTa", "t5": "T5"}
+NAMES = {
+    "llama": "Llama",
+    "gpt2": "GPT-2",
+    "bert": "BERT",
+    "roberta": "RoBERTa",
+    "distilbert": "DistilBERT",
+    "modernbert": "ModernBERT",
+    "t5": "T5",
+}
 
 
 def page() -> str:
@@ -197,7 +205,7 @@ def _paths(spec: BackboneSpec) -> dict[str, tuple[str, str]]:
 def _rank(site: str) -> tuple[int, int]:
     """Embeddings, layers, last norm and head, in the order in which a Llama or a GPT-2 has them."""
     order = ("embed", "layers.i.attn", "layers.i.mlp", "norm", "head")
-    leaves = ("norm", "qkv", "q", "k", "v", "kv", "o", "gate", "up", "down", "out")
+    leaves = ("norm", "qkv", "q", "k", "v", "kv", "o", "gate_up", "gate", "up", "down", "out")
     place = next(index for index, start in enumerate(order) if site.startswith(start))
     leaf = site.rpartition(".")[2]
     return place, leaves.index(leaf) if "layers" in site else len(site)

@@ -134,6 +134,7 @@ FAMILIES: Mapping[str, Family] = {
             head_bias=True,
             norms=("mlp_norm",),
             last_norm="final_norm",
+            spread=0.15,
         ),
         Family(
             name="t5",
@@ -151,6 +152,9 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
+
+# What PEFT does not find in a configuration under the names that it knows.
+PROMPT_SIZES: Mapping[str, Mapping[str, int]] = {"distilbert": {"token_dim": 32, "num_attention_heads": 4}}
 
 Values = tuple[float, float]
 """Mean and standard deviation of a parameter's random values."""

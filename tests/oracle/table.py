@@ -21,7 +21,7 @@ from deltas.formats import read
 from tests.oracle import peft_table, test_adapterhub_table, test_native_table, test_opendelta_table
 
 LIBRARIES = ("PEFT", "AdapterHub", "OpenDelta", "native")
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "t5")
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "distilbert", "modernbert", "t5")
 
 # PEFT's types whose canonical method has another name.
 _PEFT_METHODS = {
@@ -47,7 +47,7 @@ _PEFT_BESIDE = {
 
 # Heads come with another method; ``test_peft_export`` has the comparison.
 PEFT_HEADS = {"lora_sequence_head": "SEQ_CLS", "lora_token_head": "TOKEN_CLS"}
-PEFT_HEADED = ("llama", "gpt2", "bert", "roberta")
+PEFT_HEADED = ("llama", "gpt2", "bert", "roberta", "distilbert", "modernbert")
 
 
 class State(Enum):

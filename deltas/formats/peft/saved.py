@@ -11,6 +11,7 @@ from typing import Any
 from deltas.errors import InvalidDelta
 from deltas.formats.files import listed
 from deltas.formats.header import shown
+from deltas.formats.peft.heads import head_modules
 from deltas.formats.peft.keys import TASKS
 from deltas.formats.peft.reading import PREFIX, Reading, split_key
 from deltas.formats.sources import Derived, Given, Source, Zeros
@@ -33,6 +34,7 @@ def read_saved(reading: Reading) -> None:
     ):
         raise InvalidDelta("modules_to_save must be a list of names", field="modules_to_save")
     bias = reading.config.get("bias", "none")
+    of_head = head_modules(reading.spec, reading.config.get("task_type"))
     if bias == "all":
         _inner(reading)
     found: dict[str, Source] = {}
@@ -41,6 +43,8 @@ def read_saved(reading: Reading) -> None:
         if split is None:
             continue
         path, parameter = split
+        if path in of_head:
+            continue
         wrapped = path.removesuffix(".base_layer")
         if wrapped != path:
             _base_layer(reading, key, wrapped, parameter, bias, found)

@@ -171,9 +171,7 @@ def test_blocks(backbone: Backbone, calls: Calls) -> None:
         if spec.pre_norm:
             later = ordered[ordered.index(block) + 1 :]
             following = next(
-                s.path
-                for s in later
-                if s.kind is SiteKind.NORM and not s.heads_axis and s.path not in ends
+                s.path for s in later if s.kind is SiteKind.NORM and not s.heads_axis and s.path not in ends
             )
             normed = block.residual != block.inner  # ModernBERT's first layer has no norm
             assert calls.given[block.inner] is (calls.gave[block.residual] if normed else residual)
