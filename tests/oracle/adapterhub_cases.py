@@ -37,10 +37,10 @@ from adapters.configuration.adapter_fusion_config import (  # type: ignore[impor
     DynamicAdapterFusionConfig,
 )
 
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "t5")
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "distilbert", "t5")
 GATED = (*FAMILIES, "t5_gated")
 CAUSAL = ("llama", "gpt2")
-ENCODERS = ("bert", "roberta")
+ENCODERS = ("bert", "roberta", "distilbert")
 HEADED = (*CAUSAL, *ENCODERS)
 TWO = ("llama", "bert")  # pre-norm and post-norm: enough for a variant that does not touch the keys
 THREE = (*TWO, "t5")
@@ -224,7 +224,7 @@ CASES = (
     Case(
         "static_sequence",
         SMALL,
-        (*CAUSAL, "roberta"),
+        (*CAUSAL, "roberta", "distilbert"),
         head={"kind": "static", "task": "SequenceClassification"},
     ),
     Case("static_token", SMALL, HEADED, head={"kind": "static", "task": "TokenClassification"}),

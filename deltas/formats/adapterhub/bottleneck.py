@@ -259,8 +259,8 @@ def _invertible(found: Read, keys: Keys) -> PlannedComponent:
             "inv_adapter 'glow' fails in the library: it slices the sequence where it means the features",
             field="inv_adapter",
         )
-    places_of = {"bert": "embed.norm", "llama": "embed", "roberta": "embed.norm", "t5": "encoder.embed"}
-    site = places_of.get(keys.spec.family)
+    places_of = {"llama": "embed", "t5": "encoder.embed", "gpt2": None}
+    site = places_of.get(keys.spec.family, "embed.norm")
     if site is None:
         raise UnsupportedDelta(
             "an invertible adapter changes the sum of token and position embeddings, which no module of GPT-2 makes",

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from deltas.errors import UnsupportedDelta
 from deltas.sites import BackboneSpec
 
-FAMILIES = ("bert", "gpt2", "llama", "roberta", "t5")
+FAMILIES = ("bert", "distilbert", "gpt2", "llama", "roberta", "t5")
 
 # How keys may begin before the paths below.
 _PREFIXES = {
     "bert": "bert.",
+    "distilbert": "distilbert.",
     "gpt2": "transformer.",
     "llama": "model.",
     "roberta": "roberta.",
@@ -46,7 +47,8 @@ class Layer:
 def layers(spec: BackboneSpec) -> Iterator[Layer]:
     """All layers, in the library's order."""
     if spec.family != "t5":
-        path = {"gpt2": "h", "llama": "layers"}.get(spec.family, "encoder.layer")
+        paths = {"distilbert": "transformer.layer", "gpt2": "h", "llama": "layers"}
+        path = paths.get(spec.family, "encoder.layer")
         for i in range(spec.layers):
             yield Layer(i, f"{path}.{i}", f"layers.{i}")
         return
@@ -106,15 +108,18 @@ def attentions(spec: BackboneSpec) -> Iterator[tuple[str, Place]]:
                     Place(layer.index, f"{layer.path}.1.EncDecAttention", f"{layer.site}.cross.kv"),
                 )
         else:
-            name = {"gpt2": "attn", "llama": "self_attn"}.get(spec.family, "attention.self")
-            yield "self_prefix", Place(layer.index, f"{layer.path}.{name}", f"{layer.site}.attn.kv")
+            names = {"distilbert": "attention", "gpt2": "attn", "llama": "self_attn"}
+            name = names.get(spec.family, "attention.self")
+            kind = "self" if spec.family == "distilbert" else "self_prefix"
+            yield kind, Place(layer.index, f"{layer.path}.{name}", f"{layer.site}.attn.kv")
 
 
 def attention_linears(matrix: str, spec: BackboneSpec) -> Iterator[Place]:
     """The linears of q, k or v; for GPT-2 the fused one, with the site of the part."""
     names = {"q": "query", "k": "key", "v": "value"}
+    leaves = {"distilbert": f"{matrix}_lin", "gpt2": "c_attn", "llama": f"{matrix}_proj", "t5": matrix}
+    leaf = leaves.get(spec.family, names[matrix])
     for _, place in attentions(spec):
-        leaf = {"gpt2": "c_attn", "llama": f"{matrix}_proj", "t5": matrix}.get(spec.family, names[matrix])
         yield Place(place.layer, f"{place.module}.{leaf}", place.site.removesuffix("kv") + matrix)
 
 
@@ -128,6 +133,8 @@ def feed_forward_linears(location: str, spec: BackboneSpec) -> Iterator[Place]:
                 module = f"{layer.path}.mlp.{'down_proj' if first else 'up_proj'}"
                 yield Place(layer.index, module, down if first else up)
                 continue
+            case "distilbert":
+                module = f"{layer.path}.ffn.{'lin1' if first else 'lin2'}"
             case "gpt2":
                 module = f"{layer.path}.mlp.{'c_fc' if first else 'c_proj'}"
             case "t5":
