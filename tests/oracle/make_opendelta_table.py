@@ -65,6 +65,7 @@ CLASSES: dict[str, Any] = {
     "gpt2": transformers.GPT2LMHeadModel,
     "bert": transformers.BertForMaskedLM,
     "roberta": transformers.RobertaForMaskedLM,
+    "distilbert": transformers.DistilBertForMaskedLM,
     "t5": transformers.T5ForConditionalGeneration,
     "t5_gated": transformers.T5ForConditionalGeneration,
 }
@@ -176,7 +177,7 @@ def lack(opendelta: Any, family: str, case: Case, why: Lack, rows: list[Inputs])
     with tempfile.TemporaryDirectory() as folder:
         try:
             make_case(opendelta, family, tried, Path(folder), rows)
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError) as error:
+        except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
             first = str(error).partition(". ")[0].partition(" ['")[0].strip("\"'")
             return f"{why.reason} ({type(error).__name__}: {first})"
     raise RuntimeError(f"{family}/{case.name}: the library can do it after all")

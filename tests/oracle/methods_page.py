@@ -23,6 +23,7 @@ from tests.oracle.table import FAMILIES, LIBRARIES, Cell, State, peft_methods, p
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 TEMPLATE = Path(__file__).with_name("methods_page.template.md")
+NOTHING = "nothing can be changed"
 NAMES = {
     "llama": "Llama",
     "gpt2": "GPT-2",
@@ -178,9 +179,10 @@ def _sites() -> Iterator[str]:
     flat = {name: _paths(spec) for name, spec in specs.items() if name != "t5"}
     yield f"| site | kind | {' | '.join(NAMES[name] for name in flat)} |"
     yield "|---|---|" + "---|" * len(flat)
-    kinds = {site: kind for paths in flat.values() for site, (kind, _) in paths.items()}
+    kinds = {site: kind for paths in flat.values() for site, (kind, _) in paths.items() if kind != NOTHING}
     for site, kind in sorted(kinds.items(), key=lambda item: _rank(item[0])):
-        row = [f"`{paths[site][1]}`" if site in paths else "-" for paths in flat.values()]
+        here = [paths.get(site, ("", "-")) for paths in flat.values()]
+        row = [NOTHING if own == NOTHING else f"`{path}`" if own else path for own, path in here]
         yield f"| `{site}` | {kind} | {' | '.join(row)} |"
     yield ""
     yield "T5 has two stacks, and `cross` for the attention between them; a gated T5 has `mlp.gate` beside `mlp.up`."
@@ -192,13 +194,12 @@ def _sites() -> Iterator[str]:
 
 
 def _paths(spec: BackboneSpec) -> dict[str, tuple[str, str]]:
-    """Sites, those of layer 0 standing for all, with kind and module path."""
-    found = {}
+    """Sites, those of the first layer that has them standing for all, with kind and module path."""
+    found: dict[str, tuple[str, str]] = {}
     for site in spec.sites.values():
-        if re.search(r"layers\.[1-9]", site.name) is None:
-            name = site.name.replace("layers.0", "layers.i")
-            kind = "nothing can be changed" if site.refused else str(site.kind)
-            found[name] = (kind, re.sub(r"\b(layers|h|layer|block)\.0\b", r"\1.i", site.path, count=1))
+        name = re.sub(r"layers\.\d+", "layers.i", site.name)
+        path = re.sub(r"\b(layers|h|layer|block)\.\d+\b", r"\1.i", site.path, count=1)
+        found.setdefault(name, (NOTHING if site.refused else str(site.kind), path))
     return found
 
 

@@ -56,6 +56,20 @@ _BERT: tuple[_Line, ...] = (
     ("output.dense", "ff@.w2@", "mlp.out", ""),
     ("output.LayerNorm", "ff@.layer_norm@", "mlp.norm", ""),
 )
+# Without a table there: no common names. Its attention is called by keyword, so a parallel adapter cannot read there.
+_DISTILBERT: tuple[_Line, ...] = (
+    ("", "", "mlp.norm", "+attn"),
+    ("attention", "", "attn.out", ""),
+    ("attention.q_lin", "", "attn.q", "+attn"),
+    ("attention.k_lin", "", "attn.k", "+attn"),
+    ("attention.v_lin", "", "attn.v", "+attn"),
+    ("attention.out_lin", "", "attn.out", ""),
+    ("sa_layer_norm", "", "attn.norm", ""),
+    ("ffn", "", "mlp.out", "+mlp"),
+    ("ffn.lin1", "", "mlp.up", "+mlp"),
+    ("ffn.lin2", "", "mlp.out", ""),
+    ("output_layer_norm", "", "mlp.norm", ""),
+)
 _GPT2: tuple[_Line, ...] = (
     ("", "", "+mlp.out", "+attn"),
     ("ln_1", "attn@.layer_norm@", "attn.norm", "+attn"),
@@ -67,7 +81,7 @@ _GPT2: tuple[_Line, ...] = (
     ("mlp.c_fc", "ff@.w1@", "mlp.up", "mlp"),
     ("mlp.c_proj", "ff@.w2@", "mlp.out", ""),
 )
-# Without a table there: no common names. Its attention is called by keyword, so a parallel adapter cannot read there.
+# As little of a table.
 _LLAMA: tuple[_Line, ...] = (
     ("", "", "+mlp.out", "+attn"),
     ("self_attn", "", "attn.out", ""),
@@ -124,6 +138,7 @@ class _Stack:
 _STACKS: Mapping[str, Mapping[str, _Stack]] = {
     "bert": {"layers.": _Stack("bert.encoder.layer", "bert.encoder@.block@", _BERT)},
     "roberta": {"layers.": _Stack("roberta.encoder.layer", "roberta.encoder@.block@", _BERT)},
+    "distilbert": {"layers.": _Stack("distilbert.transformer.layer", "", _DISTILBERT)},
     "gpt2": {"layers.": _Stack("transformer.h", "transformer.decoder@.block@", _GPT2)},
     "llama": {"layers.": _Stack("model.layers", "", _LLAMA)},
     "t5": {
@@ -139,7 +154,7 @@ _COMMON = {
 }
 _ENDS = ".attn.kv"  # every layer has this site
 
-TABLED = frozenset(_STACKS) - {"llama"}
+TABLED = frozenset(_STACKS) - {"distilbert", "llama"}
 """The families that OpenDelta has common names for."""
 
 
