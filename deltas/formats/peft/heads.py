@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from deltas.errors import UnsupportedDelta
 from deltas.formats.files import listed
@@ -95,7 +96,12 @@ def read_head(reading: Reading) -> None:
     last = reading.header.tensors[str(found[f"layers.{len(head.paths) - 1}/weight"])].shape
     if kind == "classify" and last[:1] == (1,):
         kind = "regress"
-    config = {"kind": kind, "pooling": head.pooling, "activations": list(head.activations), "labels": None}
+    config: dict[str, Any] = {
+        "kind": kind,
+        "pooling": head.pooling,
+        "activations": list(head.activations),
+        "labels": None,
+    }
     if head.norms:
         config["norm_eps"] = head.norm_eps
     reading.add("head", config, found)

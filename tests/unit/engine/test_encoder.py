@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertModel
+from transformers import AutoModelForMaskedLM
 
 from deltas import heads, methods
 from deltas.bank import PackedDelta
@@ -131,6 +131,24 @@ def test_every_kind_in_one_batch(family: str, mode: Mode) -> None:
         assert error(logits, want) < CLOSE, name
 
 
+def test_rows_longer_than_windows() -> None:
+    """ModernBERT's rows of 3 to 500 tokens, some of one length, with and without a prompt, as its own model gives."""
+    run = runner("modernbert")
+    own = AutoModelForMaskedLM.from_pretrained(BACKBONES / "modernbert", attn_implementation="eager").eval()
+    prompt = make(run.backbone.spec, "prompt", 1)
+    packed = place(run, prompt)
+    embeddings = prompt.components[0].tensors["embeddings"]
+    lengths = (3, 500, 9, 128, 257, 9, 130, 500, 64)
+    rows = [EncoderRow(tokens(n, count), packed if n % 2 else None) for n, count in enumerate(lengths)]
+    for row, hidden in zip(rows, run.run(rows), strict=True):
+        with torch.no_grad():
+            embedded = own.get_input_embeddings()(torch.tensor([row.ids]))
+            if row.delta is not None:
+                embedded = torch.cat([embeddings[None], embedded], dim=1)
+            wanted = own.base_model(inputs_embeds=embedded).last_hidden_state[0]
+        assert error(hidden, wanted) < CLOSE, len(row.ids)
+
+
 def test_rows_of_one_delta_side_by_side_keep_apart() -> None:
     """Gates read one row's tokens: two rows of a gated delta are no segment together."""
     run = runner("bert")
@@ -237,25 +255,17 @@ def test_probe_reaches_tables_of_positions_and_types() -> None:
 # -- loading -------------------------------------------------------------------------------------------------------
 
 
-def bare_bert(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        initializer_range=0.3,
-    )
-    BertModel(config).save_pretrained(folder)
+def bare(folder: Path, family: str = "bert") -> Path:
+    """The backbone as sentence encoders are published: without the language model's head."""
+    AutoModelForMaskedLM.from_pretrained(BACKBONES / family).base_model.save_pretrained(folder)
     return folder
 
 
-def test_a_checkpoint_without_a_head_has_no_sites_there(tmp_path: Path) -> None:
-    run = EncoderRunner(backbones.load("bare", bare_bert(tmp_path), CPU, torch.float32))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_without_a_head_has_no_sites_there(family: str, tmp_path: Path) -> None:
+    run = EncoderRunner(backbones.load("bare", bare(tmp_path, family), CPU, torch.float32))
     assert not [name for name in run.backbone.spec.sites if name.startswith("head")]
-    own = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    own = AutoModelForMaskedLM.from_pretrained(BACKBONES / family).base_model.eval()
     assert run.backbone.parameters == sum(p.numel() for p in own.parameters())
     ids = tokens(1, 9)
     (hidden,) = run.run([EncoderRow(ids)])
@@ -291,7 +301,7 @@ def test_a_checkpoint_with_the_old_names_of_norms(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    bare_bert(tmp_path)
+    bare(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.bias"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
