@@ -22,6 +22,7 @@ _TIED = {
     "lm_head.weight": (
         "embed_out.weight",  # GPT-NeoX's own name for it
         *("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight", "shared.weight"),
+        "model.shared.weight",  # BART's
         *("model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         *("gpt_neox.embed_in.weight", "embed_in.weight"),
     ),
@@ -31,6 +32,8 @@ _TIED = {
     "decoder.weight": ("model.embeddings.tok_embeddings.weight",),
     "lm_head.decoder.weight": ("roberta.embeddings.word_embeddings.weight",),
     "lm_head.decoder.bias": ("lm_head.bias",),
+    "model.encoder.embed_tokens.weight": ("model.shared.weight", "shared.weight"),
+    "model.decoder.embed_tokens.weight": ("model.shared.weight", "shared.weight"),
     "encoder.embed_tokens.weight": ("shared.weight",),
     "decoder.embed_tokens.weight": ("shared.weight",),
 }

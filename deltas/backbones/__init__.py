@@ -7,6 +7,7 @@ from collections.abc import Callable
 from transformers import PretrainedConfig
 
 from deltas.backbones import (
+    bart,
     bert,
     distilbert,
     gemma,
@@ -25,6 +26,7 @@ from deltas.errors import UnsupportedBackbone
 from deltas.sites import BackboneSpec
 
 _TABLES: dict[str, Callable[[PretrainedConfig, str], BackboneSpec]] = {
+    "bart": bart.describe,
     "bert": bert.describe,
     "distilbert": distilbert.describe,
     "gemma": gemma.describe,

@@ -121,7 +121,7 @@ def fusion(draw: Draw) -> Made:
 
 
 def invertible(draw: Draw) -> Made:
-    names = {"llama": "embed", "gpt2": "embed", "t5": "encoder.embed"}
+    names = {"llama": "embed", "gpt2": "embed", "t5": "encoder.embed", "bart": "encoder.embed.norm"}
     site = draw.spec.sites[names.get(draw.spec.family, "embed.norm")]
     first = site.out_features // 2
     second = site.out_features - first

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     DistilBertConfig,
@@ -108,9 +110,34 @@ def _more_encoders() -> Mapping[str, PreTrainedModel]:
     }
 
 
+def _bart() -> Mapping[str, PreTrainedModel]:
+    sides = {
+        f"{stack}_{size}": number
+        for stack in ("encoder", "decoder")
+        for size, number in (("layers", LAYERS), ("ffn_dim", INNER), ("attention_heads", HEADS))
+    }
+    config = BartConfig(
+        **sides,
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        max_position_embeddings=POSITIONS,
+        init_std=0.3,
+        scale_embedding=True,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    model = BartForConditionalGeneration(config)
+    model.final_logits_bias.normal_(0, 0.2)
+    return {"bart": model}
+
+
 def main() -> None:
     torch.manual_seed(11)
-    for models in (_models, _more_encoders):  # one after the other: those that came first stay as they were
+    for models in (
+        _models,
+        _more_encoders,
+        _bart,
+    ):  # one after the other: those that came first stay as they were
         for name, model in models().items():
             _draw_vectors(model)
             model.save_pretrained(FOLDER / name)

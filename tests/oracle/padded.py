@@ -83,10 +83,10 @@ class PaddedRunner:
         self.batch = _Batch()
         self.hidden: list[Tensor] = []
         self._prompted: Plan | None = None
-        # a T5's own embedding is never called: its stacks have copies, and those are hooked
-        inner = self.model.encoder if self.spec.kind == "encoder-decoder" else self.model
-        self._embedding = inner.get_input_embeddings()
         modules = dict(self.model.named_modules())
+        # the embedding of an encoder-decoder's own is never called: its stacks have copies, and those are hooked
+        embed = "encoder.embed" if self.spec.kind == "encoder-decoder" else "embed"
+        self._embedding = modules[self.spec.sites[embed].path]
         for site in self.spec.of_kind(SiteKind.KV):
             object.__setattr__(modules[site.path], "oracle_site", site.name)
             object.__setattr__(modules[site.path], "oracle_batch", self)

@@ -23,7 +23,7 @@ from deltas.sites import BackboneSpec, Site, SiteKind
 from tests.oracle.padded import BACKBONES, CLASSES, PaddedRow, PaddedRunner
 from tests.oracle.rows import Row, generate, make_runner, place, same
 
-FAMILIES = ["llama", "gpt2", "bert", "roberta", "distilbert", "modernbert", "t5", "t5_gated"]
+FAMILIES = ["llama", "gpt2", "bert", "roberta", "distilbert", "modernbert", "bart", "t5", "t5_gated"]
 TOLERANCE = 1e-5
 STEPS = 5
 PROMPTS = ([5, 9, 44], [11], [60, 3, 17, 17, 8, 30, 4, 21, 50, 13, 7])
@@ -256,7 +256,7 @@ def changed(family: str, name: str) -> Any:
 def expected(family: str, name: str) -> list[Tensor]:
     model, found = changed(family, name), []
     for ids, decoder_ids in zip(PROMPTS, DECODER_PROMPTS, strict=True):
-        more = {"decoder_input_ids": torch.tensor([decoder_ids])} if family.startswith("t5") else {}
+        more = {"decoder_input_ids": torch.tensor([decoder_ids])} if runner(family).spec.kind == "encoder-decoder" else {}
         found.append(model(input_ids=torch.tensor([ids]), **more).logits[0])
     return found
 

@@ -15,6 +15,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    BartForConditionalGeneration,
     BertForMaskedLM,
     DistilBertForMaskedLM,
     GPT2LMHeadModel,
@@ -31,6 +32,7 @@ from tests.unit.backbones import tiny
 
 BACKBONES = Path(__file__).parents[2] / "oracle" / "fixtures" / "backbones"
 MODELS: dict[str, Any] = {
+    "bart": BartForConditionalGeneration,
     "bert": BertForMaskedLM,
     "distilbert": DistilBertForMaskedLM,
     "gpt2": GPT2LMHeadModel,
@@ -43,7 +45,10 @@ MODELS: dict[str, Any] = {
 TOKENS, ENCODED = 7, 5
 OUTER_NORMS = {"gemma2", "gemma3_text"}
 ROTARY = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "modernbert", "qwen2", "qwen3"}
-NEVER_CALLED = {"shared"}  # T5's stacks have token embeddings of their own, which share its weight
+NEVER_CALLED = {
+    "shared",
+    "model.shared",
+}  # T5's and BART's stacks have token embeddings of their own, which share its weight
 ONLY_A_TIED_BIAS = {"bert": {"cls.predictions"}, "roberta": {"lm_head"}}
 
 
@@ -199,7 +204,8 @@ def test_keys_and_values(backbone: Backbone, calls: Calls) -> None:
             assert torch.equal(keys, made(spec, stem, "k", calls))
         if ".cross." in site.name:
             assert len(keys) == ENCODED
-            assert calls.given[spec.sites[f"{stem}k"].path] is calls.gave[spec.sites["encoder.norm"].path]
+            last = "encoder.norm" if spec.pre_norm else f"encoder.layers.{spec.layers - 1}.mlp.norm"
+            assert calls.given[spec.sites[f"{stem}k"].path] is calls.gave[spec.sites[last].path]
 
 
 def made(spec: BackboneSpec, stem: str, leaf: str, calls: Calls) -> Tensor:
