@@ -45,6 +45,7 @@ def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         sites={site.name: site for site in _sites(config)},
         kind="encoder-decoder",
+        keys_first=True,
     )
 
 

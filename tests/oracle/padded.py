@@ -91,6 +91,9 @@ class PaddedRunner:
             object.__setattr__(modules[site.path], "oracle_site", site.name)
             object.__setattr__(modules[site.path], "oracle_batch", self)
             modules[site.path].register_forward_pre_hook(_remember, with_kwargs=True)
+        positions = self.spec.sites.get("decoder.embed.positions")
+        if positions is not None:
+            modules[positions.path].register_forward_hook(self._shift_decoder)
         if self.spec.kind == "encoder":
             self.model.base_model.embeddings.register_forward_hook(self._put_prompts)
 
@@ -178,6 +181,13 @@ class PaddedRunner:
         if row.delta is None or row.delta.prompt is None or row.delta.prompt_after_norm:
             return None
         return row.delta.prompt
+
+    def _shift_decoder(self, module: Any, _args: Any, output: Tensor) -> Tensor:
+        """BART looks positions up once for all rows; a prefix before the decoder shifts those of its row."""
+        prefixes = [found.get("decoder.layers.0.attn.kv") for found in self.batch.prefixes]
+        starts = [len(p.keys) if p is not None and p.shifts_positions else 0 for p in prefixes]
+        own = torch.arange(output.shape[-2])
+        return torch.stack([module.weight[own + start + module.offset] for start in starts])
 
     def _put_prompts(self, _module: Any, _args: Any, output: Tensor) -> Tensor:
         prompts = self.batch.prompts

@@ -27,7 +27,7 @@ Make = Callable[[Family], PeftConfig]
 
 _NO_CONV1D = {"gpt2": "PEFT has this type for torch.nn.Linear only; GPT-2's linears are Conv1D"}
 _NOT_CAUSAL = dict.fromkeys(
-    ("bert", "roberta", "distilbert", "modernbert", "t5"),
+    ("bert", "roberta", "distilbert", "modernbert", "bart", "t5"),
     "PEFT has this type for causal language models only",
 )
 _NO_CACHE = dict.fromkeys(

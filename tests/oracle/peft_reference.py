@@ -19,6 +19,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
+    BartForConditionalGeneration,
     BertForMaskedLM,
     DistilBertForMaskedLM,
     GPT2LMHeadModel,
@@ -137,6 +138,19 @@ FAMILIES: Mapping[str, Family] = {
             spread=0.15,
         ),
         Family(
+            name="bart",
+            model=BartForConditionalGeneration,
+            task="SEQ_2_SEQ_LM",
+            linears=("q_proj", "k_proj", "v_proj", "fc1", "fc2", "out_proj"),
+            query_value=("q_proj", "v_proj"),
+            feedforward=("fc2",),
+            embedding="embed_tokens",
+            head="lm_head",
+            head_bias=False,
+            norms=("self_attn_layer_norm",),
+            last_norm="decoder.layers.1.final_layer_norm",
+        ),
+        Family(
             name="t5",
             model=T5ForConditionalGeneration,
             task="SEQ_2_SEQ_LM",
@@ -243,7 +257,7 @@ def load_delta(family: Family, folder: Path) -> PeftModel:
 
 @torch.no_grad()
 def logits(model: nn.Module, row: Row) -> Tensor:
-    """Float32 logits ``[length, vocab]`` at the row's own tokens (the decoder's for T5): prompts' are cut off.
+    """Float32 logits ``[length, vocab]`` at the row's own tokens (the decoder's for an encoder-decoder): prompts' are cut off.
 
     No cache but the one that holds a prefix.
     """

@@ -167,9 +167,9 @@ def trainable_tokens(reading: Reading) -> None:
     indices = _indices(reading.config.get("token_indices"), "token_indices")
     keys = {split[0]: key for key in reading.left if (split := split_key(key, (_TOKENS,)))}
     own = [path for path in keys if _is_input(reading, path)]
-    embed = reading.spec.sites["embed"].path
-    if reading.spec.tied and not own and embed != "shared" and keys.keys() & _followers(reading).keys():
-        missing = f"{PREFIX}{embed}.{_TOKENS}"
+    embed = reading.spec.sites["embed"]
+    if reading.spec.tied and not own and not embed.refused and keys.keys() & _followers(reading).keys():
+        missing = f"{PREFIX}{embed.path}.{_TOKENS}"
         raise InvalidDelta(f"{reading.file}: missing tensors: {listed([missing])}", field=missing)
     if reading.spec.tied and own:
         first = keys.pop(own[0])
@@ -212,7 +212,7 @@ def _add_tokens(reading: Reading, key: str, path: str, indices: tuple[int, ...])
         _add_rows(reading, key, path, indices)
         return
     embed = reading.spec.sites["embed"]
-    called = [] if embed.path == "shared" else [embed]
+    called = [] if embed.refused else [embed]
     reading.claim(key)
     _add(reading, [*called, *_followers(reading).values()], key, indices)
 
