@@ -66,6 +66,7 @@ CLASSES: dict[str, Any] = {
     "bert": transformers.BertForMaskedLM,
     "roberta": transformers.RobertaForMaskedLM,
     "distilbert": transformers.DistilBertForMaskedLM,
+    "bart": transformers.BartForConditionalGeneration,
     "t5": transformers.T5ForConditionalGeneration,
     "t5_gated": transformers.T5ForConditionalGeneration,
 }
@@ -192,7 +193,7 @@ def make_family(opendelta: Any, family: str) -> tuple[dict[str, Any], dict[str, 
     rows: list[Inputs] = []
     for length, decoder in LENGTHS:
         row = {"ids": torch.randint(3, vocab, (length,), generator=generator)}
-        if family.startswith("t5"):
+        if model.config.is_encoder_decoder:
             row["decoder_ids"] = torch.randint(3, vocab, (decoder,), generator=generator)
             row["decoder_ids"][0] = model.config.decoder_start_token_id
         rows.append(row)

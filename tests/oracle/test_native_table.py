@@ -256,7 +256,11 @@ def changed(family: str, name: str) -> Any:
 def expected(family: str, name: str) -> list[Tensor]:
     model, found = changed(family, name), []
     for ids, decoder_ids in zip(PROMPTS, DECODER_PROMPTS, strict=True):
-        more = {"decoder_input_ids": torch.tensor([decoder_ids])} if runner(family).spec.kind == "encoder-decoder" else {}
+        more = (
+            {"decoder_input_ids": torch.tensor([decoder_ids])}
+            if runner(family).spec.kind == "encoder-decoder"
+            else {}
+        )
         found.append(model(input_ids=torch.tensor([ids]), **more).logits[0])
     return found
 

@@ -126,6 +126,27 @@ def _t5_attention(path: str, module: str, name: str, common: str, keys: str) -> 
     yield f"{path}.layer_norm", f"{common}.layer_norm@", f"{name}.norm", f"+{name}"
 
 
+def _bart(decoder: bool) -> Iterator[_Line]:
+    """Without a table there: no common names. Attentions are called by keyword: a parallel adapter cannot read there."""
+    yield "", "", "mlp.norm", "+attn"
+    yield from _bart_attention("self_attn", "attn", "+attn")
+    if decoder:
+        yield from _bart_attention("encoder_attn", "cross", "")
+    yield "fc1", "", "mlp.up", "+mlp"
+    yield "fc2", "", "mlp.out", ""
+    yield "final_layer_norm", "", "mlp.norm", ""
+
+
+def _bart_attention(path: str, name: str, keys: str) -> Iterator[_Line]:
+    """``keys`` as for T5."""
+    yield path, "", f"{name}.out", "", "kv" if keys else ""
+    yield f"{path}.k_proj", "", f"{name}.k", keys
+    yield f"{path}.v_proj", "", f"{name}.v", keys
+    yield f"{path}.q_proj", "", f"{name}.q", f"+{name}"
+    yield f"{path}.out_proj", "", f"{name}.out", ""
+    yield f"{path}_layer_norm", "", f"{name}.norm", ""
+
+
 @dataclass(frozen=True, slots=True)
 class _Stack:
     """Where layers are: their path and common name, a number to follow, and their modules."""
@@ -141,6 +162,10 @@ _STACKS: Mapping[str, Mapping[str, _Stack]] = {
     "distilbert": {"layers.": _Stack("distilbert.transformer.layer", "", _DISTILBERT)},
     "gpt2": {"layers.": _Stack("transformer.h", "transformer.decoder@.block@", _GPT2)},
     "llama": {"layers.": _Stack("model.layers", "", _LLAMA)},
+    "bart": {
+        "encoder.layers.": _Stack("model.encoder.layers", "", tuple(_bart(decoder=False))),
+        "decoder.layers.": _Stack("model.decoder.layers", "", tuple(_bart(decoder=True))),
+    },
     "t5": {
         "encoder.layers.": _Stack("encoder.block", "encoder@.block@", tuple(_t5(decoder=False))),
         "decoder.layers.": _Stack("decoder.block", "decoder@.block@", tuple(_t5(decoder=True))),
@@ -154,7 +179,7 @@ _COMMON = {
 }
 _ENDS = ".attn.kv"  # every layer has this site
 
-TABLED = frozenset(_STACKS) - {"distilbert", "llama"}
+TABLED = frozenset(_STACKS) - {"bart", "distilbert", "llama"}
 """The families that OpenDelta has common names for."""
 
 
