@@ -20,7 +20,7 @@ LACKS: Mapping[tuple[str, str], str] = {
     **{
         (case, family): _PROMPT
         for case in ("prompt", "prompt_after_bos")
-        for family in ("llama", "gpt2", "t5")
+        for family in ("llama", "gpt2", "bart", "t5")
     },
     **{(case, "distilbert"): _MASKLESS for case in ("prompt", "prompt_after_bos")},
     ("residual_post_add", "llama"): _POST_ADD,

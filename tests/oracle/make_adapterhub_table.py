@@ -60,10 +60,12 @@ CLASSES: dict[str, Any] = {
     "bert": transformers.BertForMaskedLM,
     "roberta": transformers.RobertaForMaskedLM,
     "distilbert": transformers.DistilBertForMaskedLM,
+    "bart": transformers.BartForConditionalGeneration,
     "t5": transformers.T5ForConditionalGeneration,
     "t5_gated": transformers.T5ForConditionalGeneration,
 }
 NAMES = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
+SEQUENCES = (transformers.BartForConditionalGeneration, transformers.T5ForConditionalGeneration)
 MASKED = ("bert", "roberta", "distilbert")
 Inputs = dict[str, Tensor]
 
@@ -227,7 +229,7 @@ def make_family(family: str) -> None:
     rows: list[Inputs] = []
     for length, target in LENGTHS:
         row = {"input_ids": torch.randint(3, 61, (length,), generator=generator)}
-        if family.startswith("t5"):
+        if CLASSES[family] in SEQUENCES:
             start = torch.zeros(1, dtype=torch.int64)
             row["decoder_input_ids"] = torch.cat(
                 [start, torch.randint(3, 61, (target - 1,), generator=generator)]

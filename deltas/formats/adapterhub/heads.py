@@ -23,7 +23,7 @@ from deltas.methods.head import MAX_LAYERS
 from deltas.sites import BackboneSpec
 
 _ADVICE = "leave out the head's files (save_adapter(..., with_head=False)) unless you trained it"
-_LANGUAGE_MODEL = ("lm_head.", "cls.predictions.", "vocab_")
+_LANGUAGE_MODEL = ("lm_head.", "cls.predictions.", "vocab_", "final_logits_bias")
 
 
 def _no_pooler(key: str, value: object) -> None:
