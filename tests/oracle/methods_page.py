@@ -31,8 +31,10 @@ NAMES = {
     "roberta": "RoBERTa",
     "distilbert": "DistilBERT",
     "modernbert": "ModernBERT",
+    "bart": "BART",
     "t5": "T5",
 }
+STACKS = ("bart", "t5")
 
 
 def page() -> str:
@@ -176,7 +178,7 @@ def _sites() -> Iterator[str]:
     specs = {
         name: backbones.describe(AutoConfig.from_pretrained(BACKBONES / name), "page") for name in FAMILIES
     }
-    flat = {name: _paths(spec) for name, spec in specs.items() if name != "t5"}
+    flat = {name: _paths(spec) for name, spec in specs.items() if name not in STACKS}
     yield f"| site | kind | {' | '.join(NAMES[name] for name in flat)} |"
     yield "|---|---|" + "---|" * len(flat)
     kinds = {site: kind for paths in flat.values() for site, (kind, _) in paths.items() if kind != NOTHING}
@@ -185,12 +187,16 @@ def _sites() -> Iterator[str]:
         row = [NOTHING if own == NOTHING else f"`{path}`" if own else path for own, path in here]
         yield f"| `{site}` | {kind} | {' | '.join(row)} |"
     yield ""
-    yield "T5 has two stacks, and `cross` for the attention between them; a gated T5 has `mlp.gate` beside `mlp.up`."
+    yield "BART and T5 have two stacks, and `cross` for the attention between them; a gated T5 has `mlp.gate` beside `mlp.up`."
     yield ""
-    yield "| site | kind | T5 |"
-    yield "|---|---|---|"
-    for site, (kind, path) in _paths(specs["t5"]).items():
-        yield f"| `{site}` | {kind} | `{path}` |"
+    yield f"| site | kind | {' | '.join(NAMES[name] for name in STACKS)} |"
+    yield "|---|---|" + "---|" * len(STACKS)
+    stacks = [_paths(specs[name]) for name in STACKS]
+    for site in dict.fromkeys(site for paths in stacks for site in paths):
+        here = [paths.get(site, ("", "-")) for paths in stacks]
+        kind = next((own for own, _ in here if own and own != NOTHING), NOTHING)
+        row = [f"`{path}`" if own == kind else own or path for own, path in here]
+        yield f"| `{site}` | {kind} | {' | '.join(row)} |"
 
 
 def _paths(spec: BackboneSpec) -> dict[str, tuple[str, str]]:
