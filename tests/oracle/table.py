@@ -47,6 +47,10 @@ _PEFT_BESIDE = {
 
 # Architectures that a library has nothing for, and why.
 WITHOUT = {
+    (
+        "AdapterHub",
+        "modernbert",
+    ): "the library gives the fused q, k, v layer a bias of random numbers, which it does not save",
     ("OpenDelta", "modernbert"): "OpenDelta runs on transformers 4.31, which has no ModernBERT",
 }
 
