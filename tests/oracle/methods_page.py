@@ -187,7 +187,10 @@ def _sites() -> Iterator[str]:
         row = [NOTHING if own == NOTHING else f"`{path}`" if own else path for own, path in here]
         yield f"| `{site}` | {kind} | {' | '.join(row)} |"
     yield ""
-    yield "BART and T5 have two stacks, and `cross` for the attention between them; a gated T5 has `mlp.gate` beside `mlp.up`."
+    yield (
+        "BART and T5 have two stacks, and `cross` for the attention between them; a gated T5 has `mlp.gate` beside "
+        "`mlp.up`."
+    )
     yield ""
     yield f"| site | kind | {' | '.join(NAMES[name] for name in STACKS)} |"
     yield "|---|---|" + "---|" * len(STACKS)

@@ -257,7 +257,7 @@ def load_delta(family: Family, folder: Path) -> PeftModel:
 
 @torch.no_grad()
 def logits(model: nn.Module, row: Row) -> Tensor:
-    """Float32 logits ``[length, vocab]`` at the row's own tokens (the decoder's for an encoder-decoder): prompts' are cut off.
+    """Float32 logits ``[length, vocab]`` at the row's own tokens (an encoder-decoder's decoder's): prompts' are cut off.
 
     No cache but the one that holds a prefix.
     """
