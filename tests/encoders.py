@@ -16,7 +16,7 @@ SPECIAL = {"[PAD]": 0, "[MASK]": 1, "[UNK]": 2, "[CLS]": 3, "[SEP]": 4}
 
 
 def write_encoder(folder: Path, family: str) -> Path:
-    """``bert`` or ``roberta`` of the fixtures, with words ``w5`` to ``w60``, one token each, between [CLS] and [SEP]."""
+    """An encoder of the fixtures, with words ``w5`` to ``w60``, one token each, between [CLS] and [SEP]."""
     shutil.copytree(BACKBONES / family, folder)
     return add_tokenizer(folder)
 

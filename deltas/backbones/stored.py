@@ -31,7 +31,8 @@ def without_absent_head(spec: BackboneSpec, source: Source) -> BackboneSpec:
     """
     head = [site for site in spec.sites.values() if site.name == "head" or site.name.startswith("head.")]
     own = [site for site in head if site.name != "head" and site.kind is not SiteKind.BLOCK]
-    if all(source(f"{site.path}.{part}") is not None for site in own for part in ("weight", "bias")):
+    parameters = [f"{s.path}.{part}" for s in own for part in ("weight", "bias")[: 1 + s.bias]]
+    if all(source(parameter) is not None for parameter in parameters):
         return spec
     return replace(
         spec, sites={name: site for name, site in spec.sites.items() if site not in head}, tied=False

@@ -1,7 +1,8 @@
 """Prompt tuning: trained embeddings put before a row's own tokens, whose positions they shift.
 
 Canonical tensor ``embeddings`` ``[n, hidden]``. Config ``{}``, or ``{"after_norm": true}`` for prompts that are put after
-an encoder's embedding norm, where they have no positions of their own.
+an encoder's embedding norm, where they have no positions of their own. Such a backbone has a table of positions that
+are added before the norm; with rotary positions every token has one, and no library says which a prompt has there.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Prompt:
         if "embeddings" not in shapes:
             raise InvalidDelta("missing tensor: embeddings", field="embeddings")
         expect("embeddings", shapes["embeddings"], (0, spec.hidden))
-        if spec.kind != "encoder" and outline.config.get("after_norm"):
+        if outline.config.get("after_norm") and not {"embed.norm", "embed.positions"} <= spec.sites.keys():
             raise UnsupportedDelta(
-                f"a {spec.kind} ({spec.family}) has no norm of embeddings to put a prompt after",
+                f"a prompt after the embedding norm needs positions that are added before it; {spec.family} has none",
                 field="after_norm",
             )
         length = shapes["embeddings"][0]

@@ -41,6 +41,7 @@ ATTENTION = "deltaserve"
 # those that attend through this engine; the other families have tables for reading deltas and testing them
 SERVED = (
     "bert",
+    "distilbert",
     "gemma",
     "gemma2",
     "gemma3_text",
@@ -48,6 +49,7 @@ SERVED = (
     "gpt_neox",
     "llama",
     "mistral",
+    "modernbert",
     "opt",
     "qwen2",
     "qwen3",
@@ -328,7 +330,7 @@ def attention(
     del attention_mask, dropout
     step = kwargs["deltaserve_attention"]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    if isinstance(step, RaggedAttention):
-        return step(module, q, k, v, scaling)[None], None
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    if isinstance(step, RaggedAttention):
+        return step(module, q, k, v, scaling, window)[None], None
     return step(module.layer_idx, q, k, v, scaling, window, softcap)[None], None

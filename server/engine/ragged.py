@@ -7,12 +7,12 @@ from collections.abc import Sequence as Rows
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltas.bank import PackedDelta
 from deltas.ops.adapters import opening
 from deltas.patches import KVPrefix
+from server.engine.window import attend
 
 SITE = "deltaserve_site"  # the attribute of an encoder's attention modules that names their KV site
 
@@ -63,17 +63,21 @@ class RaggedAttention:
             if len(found) > 1
         ]
 
-    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """``q`` ``[tokens, heads, head_dim]``, ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` -> as ``q``, contiguous."""
+    def __call__(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """``q`` ``[tokens, heads, head_dim]``, ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` -> as ``q``, contiguous.
+
+        ``window``: see :func:`~server.engine.window.attend`. No backbone with windows takes prefixes.
+        """
         out = q.new_empty(q.shape)
         for start, stop in self._single:
             rows = slice(start, stop)
-            out[rows] = _attend(q[rows], k[rows], v[rows], scale, self._mask(stop - start))
+            out[rows] = _attend(q[rows], k[rows], v[rows], scale, window, self._mask(stop - start))
         for length, index in self._same:
             shape = (len(index) // length, length, *q.shape[1:])
             queries, keys, values = (t[index].view(shape).transpose(1, 2) for t in (q, k, v))
-            mask = self._mask(length)
-            found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+            found = attend(queries, keys, values, scale, window, self._mask(length))
             out[index] = found.transpose(1, 2).flatten(0, 1)
         for start, stop, delta in self._alone:
             rows = slice(start, stop)
@@ -83,7 +87,7 @@ class RaggedAttention:
             if prefix is not None:
                 before = self._prefix(prefix, rows)
                 keys, values = torch.cat([before[0], keys]), torch.cat([before[1], values])
-            out[rows] = _attend(q[rows], keys, values, scale, mask)
+            out[rows] = _attend(q[rows], keys, values, scale, window, mask)
         return out
 
     def _mask(self, length: int, prefix: KVPrefix | None = None) -> Tensor | None:
@@ -103,7 +107,7 @@ class RaggedAttention:
         return prefix.keys * opened[0], prefix.values * opened[-1]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, bias: Tensor | None) -> Tensor:
     """One row: ``[queries, heads, head_dim]``."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+    return attend(q, k, v, scale, window, bias)[0].transpose(0, 1)

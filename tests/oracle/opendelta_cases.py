@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "t5", "t5_gated")
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "distilbert", "bart", "t5", "t5_gated")
 
 Arguments = Mapping[str, Any]
 
@@ -43,11 +43,20 @@ class Case:
 
 
 NO_TABLE = Lack("OpenDelta has no table of common names for Llama: modified_modules must be given")
+NO_DISTIL_TABLE = Lack(
+    "OpenDelta has no table of common names for DistilBERT: modified_modules must be given"
+)
+NO_BART_TABLE = Lack("OpenDelta has no table of common names for BART: modified_modules must be given")
+NO_BART_HEAD = Lack("not tried: heads of encoder-decoders are not served", None)
 FUSED = "GPT-2's linears are Conv1D, which has no in_features: OpenDelta puts LoRA on torch.nn.Linear only"
 NO_BIAS = (
     "linears of this family have no bias, and OpenDelta fails to add one: it fills the bias before it exists"
 )
 NO_PREFIX = Lack("OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["self_attn"]})
+NO_DISTIL_PREFIX = Lack(
+    "OpenDelta's prefix layer for DistilBERT fails: it calls its own insertion by arguments that it does not have",
+    {"modified_modules": ["attention"]},
+)
 NO_CLASSIFIER = Lack("transformers 4.31 has no T5 with such a head", None)
 AS_T5 = Lack("the same modules as in a T5 that is not gated", None)
 
@@ -56,6 +65,8 @@ CASES = (
         "lora",
         "lora",
         by_family={
+            "bart": NO_BART_TABLE,
+            "distilbert": NO_DISTIL_TABLE,
             "llama": NO_TABLE,
             "gpt2": Lack("attn@.q@ and attn@.v@ match nothing in GPT-2, whose q, k and v are one module"),
             "t5_gated": AS_T5,
@@ -66,6 +77,15 @@ CASES = (
         "lora",
         {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.1},
         {
+            "bart": {
+                "modified_modules": [
+                    "encoder_attn.q_proj",
+                    "encoder_attn.v_proj",
+                    "self_attn.out_proj",
+                    "fc1",
+                ]
+            },
+            "distilbert": {"modified_modules": ["q_lin", "ffn.lin1", "attention.out_lin"]},
             "llama": {"modified_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
             "gpt2": Lack(FUSED, {"modified_modules": ["c_attn", "c_fc"]}),
             "bert": {"modified_modules": ["self.key", "output.dense", "intermediate.dense"]},
@@ -78,7 +98,12 @@ CASES = (
         "adapter",
         "adapter",
         {"bottleneck_dim": 6},
-        {"llama": {"modified_modules": ["o_proj", "down_proj"]}, "t5_gated": AS_T5},
+        {
+            "bart": {"modified_modules": ["out_proj", "fc2"]},
+            "distilbert": {"modified_modules": ["attention.out_lin", "lin2"]},
+            "llama": {"modified_modules": ["o_proj", "down_proj"]},
+            "t5_gated": AS_T5,
+        },
     ),
     # The output of whole modules, not of a linear: after the norm in BERT, after the residual in T5.
     Case(
@@ -86,6 +111,8 @@ CASES = (
         "adapter",
         {"bottleneck_dim": 5, "non_linearity": "relu"},
         {
+            "bart": {"modified_modules": ["self_attn", "encoder_attn", "encoder.layers.1"]},
+            "distilbert": {"modified_modules": ["attention", "ffn"]},
             "llama": {"modified_modules": ["self_attn", "mlp"]},
             "gpt2": {"modified_modules": ["attn", "mlp"]},
             "bert": {"modified_modules": ["attention.output", "1.output"]},
@@ -99,6 +126,8 @@ CASES = (
         "parallel_adapter",
         {"bottleneck_dim": 6},
         {
+            "bart": {"modified_modules": ["fc1", "fc2"]},
+            "distilbert": {"modified_modules": ["ffn", "ffn"]},
             "llama": {"modified_modules": ["mlp", "mlp"]},
             "t5_gated": Lack(
                 "ff@.w1@ is not in the table of a gated T5, so that readers and writers pair up wrongly"
@@ -110,6 +139,8 @@ CASES = (
         "parallel_adapter",
         {"bottleneck_dim": 5, "non_linearity": "gelu_orig"},
         {
+            "bart": {"modified_modules": ["self_attn.q_proj", "self_attn.out_proj"]},
+            "distilbert": {"modified_modules": ["lin1", "lin2"]},
             "llama": {"modified_modules": ["gate_proj", "down_proj"]},
             "gpt2": {"modified_modules": ["mlp", "mlp"]},
             "bert": {"modified_modules": ["attention.self", "attention.output.dense"]},
@@ -123,6 +154,8 @@ CASES = (
         "compacter",
         {"reduction_factor": 8},
         {
+            "bart": {"modified_modules": ["encoder_attn.out_proj", "1.fc2"]},
+            "distilbert": {"modified_modules": ["0.ffn.lin2"]},
             "llama": {"modified_modules": ["o_proj", "down_proj"]},
             "roberta": {"modified_modules": ["0.output.dense"]},
             "t5": {"modified_modules": ["EncDecAttention.o", "1.layer.1.DenseReluDense.wo"]},
@@ -142,6 +175,8 @@ CASES = (
             "non_linearity": "swish",
         },
         {
+            "bart": {"modified_modules": ["fc2"]},
+            "distilbert": {"modified_modules": ["1.ffn.lin2"]},
             "llama": {"modified_modules": ["down_proj"]},
             "roberta": {"modified_modules": ["1.output.dense"]},
             "t5": {"modified_modules": ["wo"]},
@@ -159,6 +194,8 @@ CASES = (
             "non_linearity": "tanh",
         },
         {
+            "bart": {"modified_modules": ["encoder_attn.out_proj"]},
+            "distilbert": {"modified_modules": ["1.attention.out_lin"]},
             "llama": {"modified_modules": ["o_proj"]},
             "roberta": {"modified_modules": ["1.attention.output.dense"]},
             "t5": {"modified_modules": ["EncDecAttention.o"]},
@@ -170,6 +207,8 @@ CASES = (
         "low_rank_adapter",
         {"reduction_factor": 8},
         {
+            "bart": {"modified_modules": ["encoder_attn.out_proj", "0.fc2"]},
+            "distilbert": {"modified_modules": ["0.ffn.lin2"]},
             "llama": {"modified_modules": ["o_proj", "down_proj"]},
             "roberta": {"modified_modules": ["0.output.dense"]},
             "t5": {"modified_modules": ["EncDecAttention.o", "1.layer.1.DenseReluDense.wo"]},
@@ -180,6 +219,8 @@ CASES = (
         "bitfit",
         "bitfit",
         by_family={
+            "bart": NO_BART_TABLE,
+            "distilbert": NO_DISTIL_TABLE,
             "llama": Lack(NO_BIAS, {"modified_modules": ["q_proj"]}),
             "t5": Lack(NO_BIAS),
             "t5_gated": Lack(NO_BIAS),
@@ -189,6 +230,8 @@ CASES = (
         "bitfit_named",
         "bitfit",
         by_family={
+            "bart": {"modified_modules": ["self_attn.v_proj", "1.fc1"]},
+            "distilbert": {"modified_modules": ["v_lin", "1.ffn", "vocab_transform"]},
             "llama": Lack(NO_BIAS, {"modified_modules": ["mlp"]}),
             "gpt2": {"modified_modules": ["attn", "1.mlp"]},
             "bert": {"modified_modules": ["query", "cls"]},
@@ -203,6 +246,8 @@ CASES = (
         "bitfit",
         {"unfrozen_modules": ["deltas", "bitfit"]},
         {
+            "bart": Lack("every linear and norm of this family has a bias", None),
+            "distilbert": Lack("every linear and norm of this family has a bias", None),
             "llama": {"modified_modules": ["input_layernorm", "norm"]},
             "gpt2": {"modified_modules": ["c_attn", "1.mlp.c_fc"]},  # Conv1D
             "bert": Lack("every linear and norm of this family has a bias", None),
@@ -218,6 +263,8 @@ CASES = (
         "prefix",
         {"prefix_token_num": 3, "reparameterize": False},
         {
+            "bart": {"modified_modules": ["self_attn"]},
+            "distilbert": NO_DISTIL_PREFIX,
             "llama": NO_PREFIX,
             "t5_gated": AS_T5,
         },
@@ -227,6 +274,8 @@ CASES = (
         "prefix",
         {"prefix_token_num": 4, "reparameterize": True, "embed_dim": 6, "mid_dim": 7},
         {
+            "bart": {"modified_modules": ["self_attn"]},
+            "distilbert": NO_DISTIL_PREFIX,
             "llama": NO_PREFIX,
             "t5_gated": AS_T5,
         },
@@ -237,6 +286,8 @@ CASES = (
         "prefix",
         {"prefix_token_num": 2, "reparameterize": False},
         {
+            "bart": {"modified_modules": ["decoder.layers.1.self_attn"]},
+            "distilbert": NO_DISTIL_PREFIX,
             "llama": NO_PREFIX,
             "gpt2": {"modified_modules": ["1.attn"]},
             "bert": {"modified_modules": ["1.attention"]},
@@ -251,6 +302,11 @@ CASES = (
         "adapter",
         {"bottleneck_dim": 4},
         {
+            "bart": {"modified_modules": ["1.fc2"], "unfrozen_modules": ["deltas", "final_layer_norm"]},
+            "distilbert": {
+                "modified_modules": ["1.ffn.lin2"],
+                "unfrozen_modules": ["deltas", "sa_layer_norm", "output_layer_norm"],
+            },
             "llama": {
                 "modified_modules": ["down_proj"],
                 "unfrozen_modules": ["deltas", "input_layernorm", "norm"],
@@ -270,6 +326,14 @@ CASES = (
         "adapter",
         {"bottleneck_dim": 4, "non_linearity": "leakyrelu"},
         {
+            "bart": {
+                "modified_modules": ["encoder_attn.out_proj"],
+                "unfrozen_modules": ["deltas", "1.encoder_attn.k_proj"],
+            },
+            "distilbert": {
+                "modified_modules": ["1.ffn.lin2"],
+                "unfrozen_modules": ["deltas", "vocab_transform", "1.attention.v_lin"],
+            },
             "llama": {"modified_modules": ["o_proj"], "unfrozen_modules": ["deltas", "1.mlp.up_proj"]},
             "gpt2": {
                 "modified_modules": ["attn.c_proj"],
@@ -294,6 +358,8 @@ CASES = (
         "lora",
         {"lora_r": 2},
         {
+            "bart": {"modified_modules": ["k_proj"], "unfrozen_modules": ["deltas", "bias"]},
+            "distilbert": {"modified_modules": ["k_lin"], "unfrozen_modules": ["deltas", "bias"]},
             "llama": {
                 "modified_modules": ["k_proj"],
                 "unfrozen_modules": ["deltas", "post_attention_layernorm"],
@@ -311,6 +377,11 @@ CASES = (
         "adapter",
         {"bottleneck_dim": 4},
         {
+            "bart": NO_BART_HEAD,
+            "distilbert": {
+                "modified_modules": ["1.ffn.lin2"],
+                "unfrozen_modules": ["deltas", "classifier", "pre_classifier"],
+            },
             "llama": {"modified_modules": ["down_proj"], "unfrozen_modules": ["deltas", "score"]},
             "gpt2": {"modified_modules": ["mlp.c_proj"], "unfrozen_modules": ["deltas", "score"]},
             "bert": {
@@ -328,6 +399,8 @@ CASES = (
         "bitfit",
         {"unfrozen_modules": ["deltas", "classifier"]},
         {
+            "bart": Lack("transformers has no BART for token classification", None),
+            "distilbert": {"modified_modules": ["0.ffn"]},
             "llama": Lack("transformers 4.31 has no Llama for token classification", None),
             "gpt2": {"modified_modules": ["1.mlp"]},
             "bert": {"modified_modules": ["0.intermediate.dense"]},

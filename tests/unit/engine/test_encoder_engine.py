@@ -23,7 +23,7 @@ from server.engine.encoder_engine import EncoderEngine
 from server.engine.messages import Cancel, Drop, Encode, Encoded, Failed, Load, Loaded, Reply, Stats, Submit
 from server.engine.process import EngineConfig
 from server.types import DeltaPart, DeltaRef, EncoderInput, EngineStats, SamplingParams, Want
-from tests.deltas_of_every_kind import make
+from tests.deltas_of_every_kind import make, served
 from tests.encoders import write_encoder
 from tests.tiny import random_delta
 
@@ -106,8 +106,10 @@ class Harness:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "tiny", "bert")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT, unless a test asks for another family."""
+    family: str = getattr(request, "param", "bert")
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "tiny", family)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +161,11 @@ def with_head(body: Delta, outputs: int, seed: int, pooling: str = "first") -> D
 POISON = Delta((Component("bitfit", {}, {"layers.0.mlp.down/beta": torch.full((32,), 3e38)}),))
 
 
+@pytest.mark.parametrize("folder", ["bert", "distilbert", "modernbert"], indirect=True)
 def test_rows_of_all_sorts_at_once(start: Callable[..., Harness], truth: EncoderRunner) -> None:
     spec = truth.backbone.spec
-    kinds = ("lora", "bottleneck", "bitfit", "prompt", "prefix", "ia3")
+    sorts = ("lora", "bottleneck", "bitfit", "prompt", "prefix", "ia3")
+    kinds = [kind for kind in sorts if kind in served(spec)]
     deltas = [make(spec, kind, n) for n, kind in enumerate(kinds)]
     classified = [with_head(delta, 2 + 30 * n, n) for n, delta in enumerate(deltas)]
     harness = start()
@@ -180,7 +184,7 @@ def test_rows_of_all_sorts_at_once(start: Callable[..., Harness], truth: Encoder
         same(harness.vectors[10 * n + 2], alone(truth, tokens(n, 9), full, head=True))
         same(harness.vectors[10 * n + 3], alone(truth, tokens(n, 9), full))
         same(harness.vectors[10 * n + 4], alone(truth, tokens(n, 8 + n)))
-    harness.wait_stats(lambda stats: stats.rows_waiting == 0 and stats.deltas_device == 12)
+    harness.wait_stats(lambda stats: stats.rows_waiting == 0 and stats.deltas_device == 2 * len(deltas))
     harness.engine.batcher.check_integrity()
 
 
