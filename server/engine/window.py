@@ -16,8 +16,8 @@ def attend(
     """Attention of ``q``, ``k``, ``v`` ``[rows, heads, tokens, head_dim]`` -> as ``q``.
 
     With a ``window`` token i sees token j where ``|i - j| < window``, which is how Hugging Face's ModernBERT hands its
-    windows to an attention function; without one all see all, and the keys may be more than the queries. ``bias`` ``[1, heads, tokens, keys]`` is added to the
-    scores; no backbone has it beside windows.
+    windows to an attention function; without one all see all, and the keys may be more than the queries. ``bias``
+    ``[1, heads, tokens, keys]`` is added to the scores; no backbone has it beside windows.
     """
     tokens = q.shape[2]
     if window is None or tokens <= window:

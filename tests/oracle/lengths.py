@@ -15,13 +15,16 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    ModernBertConfig,
     PretrainedConfig,
     RobertaConfig,
     T5Config,
 )
 
+from tests.oracle.peft_reference import PROMPT_SIZES
 from tests.unit.backbones import tiny
 
 LENGTHS = (3, 17, 64, 128, 257, 500)
@@ -76,6 +79,32 @@ class Encoder:
 ENCODERS: Mapping[str, Encoder] = {
     "bert": Encoder(
         lambda: BertConfig(**_SIZES, intermediate_size=tiny.INNER), head={"SEQ_CLS": ("pooler",)}
+    ),
+    "distilbert": Encoder(
+        lambda: DistilBertConfig(
+            vocab_size=tiny.VOCAB,
+            dim=tiny.HIDDEN,
+            hidden_dim=tiny.INNER,
+            n_layers=tiny.LAYERS,
+            n_heads=tiny.HEADS,
+            max_position_embeddings=POSITIONS,
+            initializer_range=INITIAL,
+        ),
+        prompt=PROMPT_SIZES["distilbert"],
+        prefix=False,
+    ),
+    "modernbert": Encoder(
+        lambda: ModernBertConfig(
+            **_SIZES | {"num_hidden_layers": 4},
+            **_SPECIAL,
+            intermediate_size=tiny.INNER,
+            local_attention=WINDOW,
+            pad_token_id=0,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
+        head={"SEQ_CLS": ("head",), "TOKEN_CLS": ("head",)},
+        prefix=False,
     ),
     "roberta": Encoder(
         lambda: RobertaConfig(**_SIZES, **_SPECIAL, intermediate_size=tiny.INNER, pad_token_id=3)
