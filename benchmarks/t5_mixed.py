@@ -1,15 +1,15 @@
-"""32 requests with sources of 32 to 128 tokens and 32 new tokens each on a T5 of T5-small's shape: what mixing deltas costs.
+"""32 requests with sources of 32 to 128 tokens and 32 new tokens each, on a T5 of T5-small's shape: what mixing costs.
 
     python -m benchmarks.t5_mixed [--dtype float32] [--rows 32] [--new 32] [--json FILE]
 
-Six layers a stack, d_model 512, eight heads of 64, d_ff 2048, a vocabulary of 32,128; weights are random, since no time here
-depends on their values. Ours, through the engine's whole step loop: base only, 32 LoRAs (rank 8, all linears), 32 deltas of
-``--kinds``. Rivals, in the same run on the same weights: transformers' ``generate`` on one padded batch, and PEFT over 32
-LoRAs, mixed (``adapter_names``) and switching, one request after another.
+Six layers a stack, d_model 512, eight heads of 64, d_ff 2048, a vocabulary of 32,128; weights are random, since no time
+here depends on their values. Ours, through the engine's whole step loop: base only, 32 LoRAs (rank 8, all linears), 32
+deltas of ``--kinds``. Rivals, in the same run on the same weights: transformers' ``generate`` on one padded batch, and
+PEFT over 32 LoRAs, mixed (``adapter_names``) and switching, one request after another.
 
-Cases take turns in rounds, forwards and backwards, since the machine may be shared: a case's figure is its best, and beside
-it the median. Ratios are of best figures of one run. Where other work keeps the cores busy, ``--threads 1 --time cpu``
-gives steady figures.
+Cases take turns in rounds, forwards and backwards, since the machine may be shared: a case's figure is its best, and
+beside it the median. Ratios are of best figures of one run. Where other work keeps the cores busy, ``--threads 1 --time
+cpu`` gives steady figures.
 """
 
 from __future__ import annotations
@@ -152,9 +152,8 @@ def measure(cases: Cases, rounds: int, clock: Callable[[], float]) -> dict[str, 
 
 
 def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
-    print(
-        f"\n{machine()}; {args.dtype}; {args.threads} threads, {args.time} time; {args.rows} requests, {args.new} new tokens"
-    )
+    load = f"{args.rows} requests, {args.new} new tokens"
+    print(f"\n{machine()}; {args.dtype}; {args.threads} threads, {args.time} time; {load}")
     print(f"{'':52} {'tokens/s':>9} {'median':>8} {'to our base':>12} {'to generate':>12}")
     rate = {case: args.rows * args.new / min(found) for case, found in seconds.items()}
     for case, best in rate.items():

@@ -125,18 +125,17 @@ class Seq2SeqRunner:
 
     def begin(self, seq: Sequence, delta: PackedDelta | None) -> None:
         """A row has been given its slot: what its delta puts before it goes there."""
-        self.hold(slot_of(seq), seq.source, delta)
+        slot = slot_of(seq)
+        self._held[slot] = self.hold(slot, seq.source, delta)
 
     def hold(self, slot: int, source: list[int], delta: PackedDelta | None) -> Held:
         """Makes a slot ready for a source that is still to be encoded."""
-        held = Held(slot, source, delta, self._befores(delta, "attn"), self._befores(delta, "cross"))
-        self._held[slot] = held
         for attention, kv in (("attn", self.kv), ("cross", self.cross)):
             for layer, prefix in enumerate(self._prefixes(delta, attention)):
                 if prefix is not None:
                     kv.keys[layer][slot, :, : len(prefix.keys)] = prefix.keys.transpose(0, 1)
                     kv.values[layer][slot, :, : len(prefix.values)] = prefix.values.transpose(0, 1)
-        return held
+        return Held(slot, source, delta, self._befores(delta, "attn"), self._befores(delta, "cross"))
 
     def end(self, slot: int) -> None:
         """A row has left its slot."""
@@ -198,7 +197,7 @@ class Seq2SeqRunner:
             self.hooks.plan = see(self._plan(deltas, own))
             embedded = _with_prompts(self.stacks.embed(ids), own, [row.prompt for row in firsts])
             self.hooks.plan = see(self._plan(deltas, lengths))
-            attention = RaggedAttention(lengths, deltas, device, self.stacks.encoder_bias)
+            attention = RaggedAttention(lengths, deltas, device, bias=self.stacks.encoder_bias)
             encoded = self.stacks.encode(embedded, positions, attention)
             self._keep(encoded, lengths, list(alike.values()))
         finally:

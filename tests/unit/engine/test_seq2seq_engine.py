@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from deltas.delta import Component, Delta
 from deltas.sites import BackboneSpec, SiteKind
-from server.engine.messages import Cancel, Load
+from server.engine.messages import Cancel, Drop, Load
 from server.errors import InvalidRequest
 from tests.seq2seq import source_of, write_t5
 from tests.tiny import KINDS, random_delta
@@ -228,3 +230,34 @@ def test_probes_of_prompts_and_trained_tokens(make: Callable[..., Harness]) -> N
     assert engine.ends == {1: "loaded", 2: "invalid_delta", 3: "loaded"}
     assert "300 virtual tokens" in engine.messages[2]
     assert engine.probes[1].outcome == engine.probes[3].outcome == "changes"
+
+
+def test_nothing_names_a_delta_that_was_dropped(make: Callable[..., Harness]) -> None:
+    engine = make()
+    ref = engine.save(random_delta(engine.engine.runner.backbone.spec, "prompt", 1))
+    engine.engine.receive(Load(90, ref))
+    engine.wait(90)
+    engine.submit(1, START, ref, source_of(1, 8))
+    engine.wait(1)
+    seen = weakref.ref(engine.engine.residency.resident(ref))
+    engine.engine.receive(Drop(ref.digest))
+    engine.submit(2, START, None, source_of(2, 8))
+    engine.wait(2)
+    gc.collect()
+    assert seen() is None
+
+
+def test_a_row_that_was_preempted_reads_its_source_again(make: Callable[..., Harness]) -> None:
+    """Short of memory, answers are those of plenty."""
+    answers = []
+    for bytes_ in (1 << 18, 1 << 24):
+        engine = make(max_model_len=64, max_rows=8, kv_bytes=bytes_)
+        ref = engine.save(random_delta(engine.engine.runner.backbone.spec, "lora", 1))
+        for row in range(8):
+            engine.submit(row, START, ref if row % 2 else None, source_of(row, 50 + row), max_tokens=60)
+        engine.wait(*range(8))
+        answers.append([engine.tokens(row) for row in range(8)])
+        assert bool(engine.engine.scheduler.preemptions) == (bytes_ == 1 << 18)
+        engine.engine.scheduler.check_integrity()
+    assert answers[0] == answers[1]
+    assert all(len(answer) == 60 for answer in answers[0])
