@@ -19,6 +19,7 @@ SOURCES = (
     "kernels_sparse.c",
     "kernels_rows.c",
     "kernels_attention.c",
+    "kernels_ragged.c",
 )
 COMPILERS = ("gcc", "cc", "clang")  # gcc first: it speaks the ABI of the OpenMP runtime that torch brings
 FLAGS = (

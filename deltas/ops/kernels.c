@@ -118,12 +118,29 @@ INLINE float sum(vf v) {
     return v[0];
 }
 
+/* The larger and the smaller of two; b where one is NaN. */
+INLINE vf larger(vf a, vf b) {
+#if LANES == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return select_f(a > b, a, b);
+#endif
+}
+INLINE vf smaller(vf a, vf b) {
+#if LANES == 16
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return select_f(a < b, a, b);
+#endif
+}
+
 /* e^x to 2 units in the last place; 0 below -86.6, +inf above 88.7; NaN stays NaN. */
 INLINE vf exp_f(vf x) {
     const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
-    vf t = x * 1.44269504088896341f + magic;
+    vf bounded = smaller(splat(100.0f), larger(splat(-100.0f), x));
+    vf t = bounded * 1.44269504088896341f + magic;
     vf n = t - magic;
-    vf r = x - n * 0.693145751953125f - n * 1.428606765330187e-06f;
+    vf r = bounded - n * 0.693145751953125f - n * 1.428606765330187e-06f;
     vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -131,10 +148,15 @@ INLINE vf exp_f(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if LANES == 16
+    __mmask16 seen = _mm512_cmp_ps_mask((__m512)bounded, _mm512_set1_ps(-86.6f), _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)n);
+#else
     vi exponent = (vi)t - (vi)magic + 126; /* of 2^(n-1), so that n = 128 still has a finite scale */
     p = p * (vf)(exponent << 23) * 2.0f;
     p = select_f(x < splat(-86.6f), splat(0.0f), p);
     return select_f(x > splat(88.72283f), splat(INFINITY), p);
+#endif
 }
 
 INLINE vf silu_f(vf x) { return x / (exp_f(-x) + 1.0f); }
@@ -164,6 +186,7 @@ EXPORT int ds_threads(void) { return omp_get_max_threads(); }
 #include "kernels_sparse.c"
 #include "kernels_rows.c"
 #include "kernels_attention.c"
+#include "kernels_ragged.c"
 #undef DS_BF16
 #undef NAME
 #undef T
@@ -175,3 +198,4 @@ EXPORT int ds_threads(void) { return omp_get_max_threads(); }
 #include "kernels_sparse.c"
 #include "kernels_rows.c"
 #include "kernels_attention.c"
+#include "kernels_ragged.c"

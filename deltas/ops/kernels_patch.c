@@ -87,6 +87,16 @@ INLINE void NAME(dots)(int n, int m, const float *z, int64_t padded, const T *do
         }
     }
     *next = coming;
+    if (n * m == LANES) { /* all sums at once, each in sum's order */
+        vf all[LANES];
+        float found[LANES] __attribute__((aligned(64)));
+        UNROLL
+        for (int i = 0; i < LANES; i++) all[i] = acc[i / m][i % m];
+        store_f(found, sums(all));
+        UNROLL
+        for (int i = 0; i < LANES; i++) h[i / m * rank + i % m] = found[i];
+        return;
+    }
     UNROLL
     for (int t = 0; t < n; t++) {
         UNROLL
@@ -169,10 +179,17 @@ INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, i
                                float *scratch, ahead *next) {
     int64_t rank = e->rank, padded = round_up(in, PAIR);
     const T *down = e->down, *bias = e->down_bias, *up = e->up, *gain = e->gain, *shift = e->shift;
-    float *z = scratch, *h = scratch + TOKENS * padded;
+    float *h = scratch + TOKENS * padded;
     if (rank > 0) {
         const int wide = n == 1 ? 2 * DOT_ROWS : DOT_ROWS;
-        NAME(gather_input)(n, e->reads, x, ldx, y, ldy, in, z, padded);
+        const float *z = scratch;
+#if !DS_BF16
+        if ((e->reads == READS_X || e->reads == READS_RESIDUAL) && padded == in) {
+            z = x; /* as it lies */
+            padded = ldx;
+        } else
+#endif
+            NAME(gather_input)(n, e->reads, x, ldx, y, ldy, in, scratch, padded);
         int64_t r = 0;
         for (; r + wide <= rank; r += wide)
             NAME(dots)(n, wide, z, padded, down + r * in, in, h + r, rank, next);

@@ -24,6 +24,9 @@ ENTRY_FIELDS = (
 )  # fmt: skip
 """Columns of the patch table, as in the C source's ``entry``: int64, tensors as addresses, 0 for none."""
 
+ROW_FIELDS = ("row0", "rows", "keys", "values", "before")
+"""Columns of the table of :meth:`Kernels.ragged_attention`, as in the C source's ``ragged_row``: likewise."""
+
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -37,6 +40,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ds_decode_attention": (
         _P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P, _I, _I, _I, _I, _F, _F, _P, _I, _I,
         _P, _I, _I,
+    ),
+    "ds_ragged_attention": (
+        _P, _I, _I, _P, _I, _I, _P, _I, _I, _I, _P, _I, _I, _I, _I, _F, _I, _P, _I, _I,
     ),
 }  # fmt: skip
 
@@ -87,6 +93,7 @@ class Kernels:
         self._rope = functions("ds_rope")
         self._kv_write = functions("ds_kv_write")
         self._decode_attention = functions("ds_decode_attention")
+        self._ragged_attention = functions("ds_ragged_attention")
 
     def threads(self) -> int:
         """The number of threads a kernel called from this thread may use."""
@@ -100,16 +107,14 @@ class Kernels:
         share (token, column) pairs only when one directly follows the other with the same tokens; then they
         apply in order.
         """
-        interface = table.__array_interface__
-        if interface["strides"] is not None or table.dtype != np.int64 or table.shape[1] != len(ENTRY_FIELDS):
-            raise ValueError(f"table: contiguous int64 [entries, {len(ENTRY_FIELDS)}] expected")
+        address = _address(table, ENTRY_FIELDS)
         tokens, width = x.shape
         if x.dtype != y.dtype or y.shape[0] != tokens:
             raise ValueError("x and y must have one dtype and the same tokens")
         columns = y.shape[1]
         _check(
             self._patch[y.dtype](
-                interface["data"][0], len(table), x.data_ptr(), _rows_of(x, "x"), width,
+                address, len(table), x.data_ptr(), _rows_of(x, "x"), width,
                 y.data_ptr(), _rows_of(y, "y"), tokens, columns,
             )
         )  # fmt: skip
@@ -182,6 +187,42 @@ class Kernels:
                 None if firsts is None else firsts.data_ptr(), lengths.data_ptr(),
                 rows, heads, kv_heads, head_dim, scale, softcap or 0.0,
                 None if bias is None else bias.data_ptr(), bias_row, bias_head, out.data_ptr(), out_row, out_head,
+            )
+        )  # fmt: skip
+
+    def ragged_attention(
+        self,
+        table: npt.NDArray[np.int64],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        out: Tensor,
+        window: int | None = None,
+    ) -> None:
+        """Exact attention of packed rows of any length, each to all of its own tokens and to its prefix.
+
+        ``q``, ``out`` ``[tokens, heads, head_dim]``, ``k``, ``v`` ``[tokens, kv_heads, head_dim]``, head_dim
+        contiguous. ``table`` ``[rows, len(ROW_FIELDS)]``, C-contiguous: a row's tokens ``row0 .. row0+rows``, and its
+        prefix, ``before`` keys and values ``[before, kv_heads, head_dim]`` of q's dtype, contiguous, by address (0
+        where there are none). Tokens of no row are left alone in ``out``. With a ``window`` token i of a row sees
+        its prefix and the tokens j with ``|i - j| < window``.
+        """
+        tokens, heads, head_dim = q.shape
+        kv_heads = k.shape[1]
+        (q_token, q_head, q_inner), (k_token, k_head, k_inner) = q.stride(), k.stride()
+        (v_token, v_head, v_inner), (out_token, out_head, out_inner) = v.stride(), out.stride()
+        if (
+            k.shape != (tokens, kv_heads, head_dim) or v.shape != k.shape or out.shape != q.shape
+            or heads % kv_heads or not (q_inner == k_inner == v_inner == out_inner == 1)
+            or not (q.dtype == k.dtype == v.dtype == out.dtype) or (window is not None and window < 1)
+        ):  # fmt: skip
+            raise ValueError("ragged_attention: shapes, strides, dtypes or the window do not fit together")
+        _check(
+            self._ragged_attention[q.dtype](
+                q.data_ptr(), q_token, q_head, k.data_ptr(), k_token, k_head, v.data_ptr(), v_token, v_head,
+                tokens, _address(table, ROW_FIELDS), len(table), heads, kv_heads, head_dim, scale, window or 0,
+                out.data_ptr(), out_token, out_head,
             )
         )  # fmt: skip
 
@@ -263,6 +304,14 @@ class Kernels:
                 x.data_ptr(), x_token, x_head, tokens, heads, cos.data_ptr(), sin.data_ptr(), ldc, rotary
             )
         )
+
+
+def _address(table: npt.NDArray[np.int64], fields: tuple[str, ...]) -> int:
+    interface = table.__array_interface__
+    if interface["strides"] is not None or table.dtype != np.int64 or table.shape[1:] != (len(fields),):
+        raise ValueError(f"table: contiguous int64 [lines, {len(fields)}] expected")
+    address: int = interface["data"][0]
+    return address
 
 
 def _check_indices(indices: Tensor, count: int, name: str) -> None:

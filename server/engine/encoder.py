@@ -1,7 +1,7 @@
 """Runs encoders on packed rows of any length: no padding, every row attends to itself, each with its own delta.
 
 The tokens of all rows lie one after another in one sequence; linears, norms and their patches see only tokens. Attention
-goes row by row (``ragged.py``), each row with its own delta's prefix before its keys.
+stays within a row (``ragged.py``), each row with its own delta's prefix before its keys.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class EncoderRunner:
             hidden: Tensor = self._base(
                 inputs_embeds=embedded[None],
                 position_ids=self._positions(rows)[None].to(device),
-                deltaserve_attention=RaggedAttention(lengths, deltas, device),
+                deltaserve_attention=RaggedAttention(lengths, deltas, device, kernels=self.ops.kernels),
                 **types,
             ).last_hidden_state[0]
         finally:

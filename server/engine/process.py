@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import msgspec
 
+from server.engine.memory import keep_pages
 from server.engine.messages import Fatal, Progress, Ready, Reply, Request
 from server.engine.wire import EngineSide
 from server.errors import DeltaserveError
@@ -57,8 +58,7 @@ def main() -> None:
     threading.Thread(target=_read, args=(side, receiver), daemon=True, name="inbox").start()
     send = partial(_send, side)
     send(Progress("importing torch"))
-    # huge pages for the arenas; read when torch is imported
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_pages()
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is reported through messages
     try:
         from server.engine import build

@@ -1,0 +1,26 @@
+"""How an engine's process takes memory: in huge pages, and what one step frees the next takes again.
+
+A step's activations are tens of megabytes that are freed layer by layer. By glibc's defaults their pages go back to the
+kernel each time and come back one fault after another, zeroed: a tenth of an encoder's step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+KEPT_BYTES = 256 << 20
+"""Freed memory at the heap's end that is kept."""
+LARGEST_KEPT_BYTES = 32 << 20
+"""Larger blocks are mapped and given back one by one: the most that glibc takes here."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_pages() -> None:
+    """Call before torch is imported: it reads its setting then. Only glibc's allocator has the others."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
