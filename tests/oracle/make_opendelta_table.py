@@ -46,14 +46,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 if __package__:
-    from tests.oracle.opendelta_cases import CASES, FAMILIES, Case, Lack
+    from tests.oracle.opendelta_cases import CASES, FAMILIES, Case
+    from tests.oracle.opendelta_lacks import Lack
 else:  # run by path
     from opendelta_cases import (  # type: ignore[import-not-found,no-redef,unused-ignore]
         CASES,
         FAMILIES,
         Case,
-        Lack,
     )
+    from opendelta_lacks import Lack  # type: ignore[import-not-found,no-redef,unused-ignore]
 
 HERE = Path(__file__).parent
 BACKBONES = HERE / "fixtures" / "backbones"
