@@ -128,7 +128,7 @@ def test_too_many_virtual_tokens_are_refused() -> None:
 def test_there_is_no_embedding_norm_to_put_a_prompt_after() -> None:
     spec = runner_of("t5").backbone.spec
     after = Component("prompt", {"after_norm": True}, {"embeddings": torch.ones(3, spec.hidden)})
-    with pytest.raises(UnsupportedDelta, match="no norm of embeddings") as caught:
+    with pytest.raises(UnsupportedDelta, match="after the embedding norm") as caught:
         methods.check(Delta((after,)), spec)
     assert caught.value.field == "after_norm"
 
