@@ -121,15 +121,12 @@ static void NAME(gather_row)(const ragged_row *row, const T *k, int64_t k_token,
     const T *values_before = (const T *)row->values + kv_head * head_dim;
     for (int64_t j = 0; j < n; j += LANES)
         for (int64_t d = 0; d < padded; d += PAIR) {
-            const int plain = j >= row->before && j + LANES <= n && d + PAIR <= head_dim;
             const T *from = k + (j - row->before) * k_token + d;
             vf a[LANES], b[LANES];
             UNROLL
             for (int l = 0; l < LANES; l++) {
                 pair key = {splat(0.0f), splat(0.0f)};
-                if (plain)
-                    key = NAME(load)(from + l * k_token);
-                else if (j + l < row->before)
+                if (j + l < row->before)
                     key = NAME(load_some)(keys_before + (j + l) * token + d, head_dim - d);
                 else if (j + l < n)
                     key = NAME(load_some)(from + l * k_token, head_dim - d);
