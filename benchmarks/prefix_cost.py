@@ -87,7 +87,7 @@ def deltas(runner: Any, n: int) -> tuple[Any, Any]:
     def placed(kind: str) -> Any:
         delta = make_delta(backbone.spec, kind, 1, virtual=n)
         packed = pack(methods.lower(delta, backbone.spec), backbone.spec, backbone.dtype)
-        return runner.prompt_prefix(packed.to(backbone.device))
+        return runner.finish(packed.to(backbone.device))
 
     return placed("prompt"), placed("prefix")
 

@@ -25,6 +25,8 @@ def pool(hidden: Tensor, pooling: Pooling) -> Tensor:
 def apply(head: Head, hidden: Tensor) -> Tensor:
     """The head's outputs for one row's hidden states ``[tokens, width]``: ``[outputs]``, or ``[tokens, outputs]``."""
     x = pool(hidden, head.pooling)
-    for weight, bias, activation in head.layers:
-        x = activate(F.linear(x, weight, bias), activation)
+    for layer in head.layers:
+        x = activate(F.linear(x, layer.weight, layer.bias), layer.activation)
+        if layer.norm is not None:
+            x = F.layer_norm(x, layer.norm.shape, layer.norm, layer.norm_bias, layer.norm_eps)
     return x

@@ -15,7 +15,7 @@ from deltas.ops import Ops
 from deltas.ops.native import Kernels
 from deltas.sites import Site
 
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
 # RMS norms that scale by one more than their weight, and round once
 _CENTRED_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 
@@ -169,7 +169,7 @@ class GroupHook(_Asked):
         """Member j's share of the group's output for ``x`` ``[..., in]``."""
         site = self.group.sites[j]
         if j == 0:
-            y = self._compute(x)
+            y = self.whole(x)
             if len(self.group.sites) == 1:
                 return y
             self.last_input, self.last_output, self.pending = x, y, len(self.group.sites) - 1
@@ -182,7 +182,8 @@ class GroupHook(_Asked):
                 self.last_input = self.last_output = None
         return y[..., self.group.offsets[j] : self.group.offsets[j] + site.out_features]
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def whole(self, x: Tensor) -> Tensor:
+        """The outputs of all members side by side, ``[..., out]``, with the batch's steps applied."""
         for block in self.starts:
             block.start(self.group.sites[0].path, x)
         y = self.packed(x)
@@ -210,6 +211,12 @@ class GroupHook(_Asked):
         j = max(j for j, offset in enumerate(self.group.offsets) if offset <= out0)
         start = out0 - self.group.offsets[j]
         return self.members[j], slice(start, start + out)
+
+
+def group_hook(linear: nn.Module) -> GroupHook:
+    """The hook of a linear that :func:`deltas.attach.attach` has hooked, and of the others in its group."""
+    hook: GroupHook = linear._deltaserve_hook  # type: ignore[assignment]
+    return hook
 
 
 @dataclass(eq=False)

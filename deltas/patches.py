@@ -215,10 +215,25 @@ class Pooling(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Head:
-    """A task head on the last hidden states: layers of (``weight`` ``[out, in]``, ``bias`` or None, activation)."""
+class HeadLayer:
+    """``activation(weight x + bias)``, then a layer norm with weight ``norm`` if there is one.
 
-    layers: tuple[tuple[Tensor, Tensor | None, Activation], ...]
+    ``weight`` ``[out, in]``, ``bias`` ``[out]`` or None, ``norm`` and ``norm_bias`` ``[out]`` or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: Activation
+    norm: Tensor | None = None
+    norm_bias: Tensor | None = None
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A task head on the last hidden states."""
+
+    layers: tuple[HeadLayer, ...]
     pooling: Pooling
     labels: tuple[str, ...] | None = None
 
@@ -262,6 +277,7 @@ __all__ = [
     "GatedGain",
     "GatedLowRank",
     "Head",
+    "HeadLayer",
     "InputGain",
     "KVPrefix",
     "Kronecker",

@@ -6,7 +6,7 @@ architecture family that maps site names to module paths; everything above this 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -60,13 +60,25 @@ class Site:
         return (self.out_features, self.in_features)
 
 
+@dataclass(frozen=True, slots=True)
+class TaskHead:
+    """What a backbone's configuration says of the head of the family's own classes for tasks: which tokens it reads,
+    its activation, the epsilon of its norm."""
+
+    pooling: Literal["first", "mean"]
+    activation: str
+    norm_eps: float
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """What the library knows of a backbone without its weights: sizes and sites.
 
     ``revision`` identifies the weights; it is part of every cache key. ``base_prefix`` is how module paths begin in
     the model with a head (``model``, ``bert``; empty for T5); ``conv1d`` tells that linears store ``[in, out]``,
-    ``tied`` that the head's weight is the token embedding.
+    ``tied`` that the head's weight is the token embedding, ``keys_first`` that torch lists an attention's modules as k,
+    v, q. ``task_head`` is None where the family's head for tasks
+    does not depend on the configuration.
     """
 
     family: str
@@ -84,6 +96,8 @@ class BackboneSpec:
     base_prefix: str = "model"
     conv1d: bool = False
     tied: bool = False
+    keys_first: bool = False
+    task_head: TaskHead | None = None
 
     @cached_property
     def by_path(self) -> Mapping[str, Site]:
@@ -98,6 +112,13 @@ class BackboneSpec:
     def parts_of(self, site: Site) -> list[Site]:
         """The parts of a fused linear, in the order of their columns; none for an ordinary one."""
         return [s for s in self.sites.values() if s.part and s.path == site.path]
+
+    def in_module_order(self, sites: Iterable[Site]) -> list[Site]:
+        """Sites in the order of torch's list of modules, which need not be the one in which a forward pass meets them."""
+        place: dict[str, float] = {name: index for index, name in enumerate(self.sites)}
+        if self.keys_first:
+            place |= {name: index + 2.5 for name, index in place.items() if name.endswith(".q")}
+        return sorted(sites, key=lambda site: place[site.name])
 
     def of_kind(self, *kinds: SiteKind) -> list[Site]:
         """The sites of these kinds, in the order in which a forward pass meets them."""

@@ -22,13 +22,18 @@ _TIED = {
     "lm_head.weight": (
         "embed_out.weight",  # GPT-NeoX's own name for it
         *("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight", "shared.weight"),
+        "model.shared.weight",  # BART's
         *("model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         *("gpt_neox.embed_in.weight", "embed_in.weight"),
     ),
     "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
     "cls.predictions.decoder.bias": ("cls.predictions.bias",),
+    "vocab_projector.weight": ("distilbert.embeddings.word_embeddings.weight",),
+    "decoder.weight": ("model.embeddings.tok_embeddings.weight",),
     "lm_head.decoder.weight": ("roberta.embeddings.word_embeddings.weight",),
     "lm_head.decoder.bias": ("lm_head.bias",),
+    "model.encoder.embed_tokens.weight": ("model.shared.weight", "shared.weight"),
+    "model.decoder.embed_tokens.weight": ("model.shared.weight", "shared.weight"),
     "encoder.embed_tokens.weight": ("shared.weight",),
     "decoder.embed_tokens.weight": ("shared.weight",),
 }

@@ -24,7 +24,14 @@ _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 # Cumulative counts of the engine: the field of EngineStats, and what it feeds.
-_CUMULATIVE = ("preemptions", "loads_from_host", "loads_from_disk", "load_failures")
+_CUMULATIVE = (
+    "preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "loads_from_host",
+    "loads_from_disk",
+    "load_failures",
+)
 
 
 class Metrics:
@@ -48,6 +55,8 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of accepted requests", "tenant")
         self._generated = self._counter("generated_tokens", "tokens generated", "tenant")
         self._preemptions = self._counter("preemptions", "rows put back to waiting for lack of memory")
+        self._cache_queries = self._counter("prefix_cache_queries", "prompt tokens of rows that began")
+        self._cache_hits = self._counter("prefix_cache_hits", "of those, the ones not computed again")
         self._loads = self._counter("delta_loads", "deltas brought to the device", "from_tier")
         self._load_failures = self._counter("delta_load_failures", "deltas that could not be brought there")
         self._quarantines = self._counter("deltas_quarantined", "deltas taken out of service for bad numbers")
@@ -138,6 +147,8 @@ class Metrics:
         fell = any(getattr(stats, name) < getattr(self._last, name) for name in (*_CUMULATIVE, "steps"))
         last = EngineStats() if fell or restarts != self._restarts else self._last
         self._preemptions.inc(stats.preemptions - last.preemptions)
+        self._cache_queries.inc(stats.prefix_cache_queries - last.prefix_cache_queries)
+        self._cache_hits.inc(stats.prefix_cache_hits - last.prefix_cache_hits)
         self._loads.labels("host").inc(stats.loads_from_host - last.loads_from_host)
         self._loads.labels("disk").inc(stats.loads_from_disk - last.loads_from_disk)
         self._load_failures.inc(stats.load_failures - last.load_failures)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -80,8 +80,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     ``temperature`` 0 is greedy; ``top_k`` 0 means all; ``repetition_penalty`` as in transformers (over prompt and
     output), presence and frequency as OpenAI's (over output). ``logprobs`` is how many alternatives to report
-    with each token (0: the token's own only; None: nothing), ``prompt_logprobs`` the same for prompt tokens.
-    ``eos_token_ids`` end the row unless ``ignore_eos``; ``stop_token_ids`` always do once ``min_tokens`` are out.
+    with each token (0: the token's own only; None: nothing), ``prompt_logprobs`` the same for prompt tokens from
+    index ``prompt_logprobs_from`` on. ``eos_token_ids`` end the row unless ``ignore_eos``; ``stop_token_ids`` always do
+    once ``min_tokens`` are out.
     """
 
     max_tokens: int
@@ -99,6 +100,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
+
+
+TaskKind = Literal["generate", "classify", "regress", "score", "embed", "tag"]
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """A named inference endpoint of a tenant.
+
+    ``template`` is a text, a pair of texts, or a chat's messages (``{"role", "content"}``); ``labels`` are names, or
+    names with what stands for each. ``model`` is a name as requests give it, resolved at each use.
+    """
+
+    name: str
+    kind: TaskKind
+    model: str
+    template: str | list[str | dict[str, str]] | None = None
+    labels: list[str] | dict[str, list[str]] | None = None
+    parameters: dict[str, Any] = {}
+    created_at: int
 
 
 class DeltaPart(msgspec.Struct, frozen=True):
@@ -172,14 +193,60 @@ class TokenEvent(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
+class TextPiece(NamedTuple):
+    """A part of a text. ``own``: its writer may spell control tokens in it (a task's template, not a client's value)."""
+
+    text: str
+    own: bool
+
+
+class EncodedText(msgspec.Struct, frozen=True):
+    """A text's token ids, or a pair's.
+
+    ``types`` are token types where the backbone's tokenizer gives them. ``words`` has for each token its word's number
+    and where in the text it lies, (word, first character, end): None for control tokens around the text, and for
+    every token of a pair.
+    """
+
+    ids: list[int]
+    types: list[int] | None
+    words: list[tuple[int, int, int] | None]
+
+
+class EncoderInput(msgspec.Struct, frozen=True):
+    """One row for an encoder: token ids, their types (zeros where None), and the position of its ``mask`` if it has one."""
+
+    ids: list[int]
+    types: list[int] | None = None
+    mask: int | None = None
+
+
+class Want(msgspec.Struct, frozen=True):
+    """What an encoder shall make of rows.
+
+    ``embedding``: one vector, pooled and normalised as the backbone's files say unless ``pooling`` (``mean``, ``cls``,
+    ``max``) or ``normalise`` say otherwise. ``head``: the outputs of the delta's head. ``tokens``: those of a head that
+    gives some for every token. ``mask``: the logits of the tokens ``candidates`` at the row's mask.
+    """
+
+    kind: Literal["embedding", "head", "tokens", "mask"]
+    pooling: str | None = None
+    normalise: bool | None = None
+    candidates: list[int] = []
+
+
 class Vector(msgspec.Struct, frozen=True):
-    """What an encoder made of one row: its embedding, or its head's outputs; ``values`` are little-endian float32."""
+    """What an encoder made of one row: little-endian float32 ``values``; of ``tokens``, one line after another."""
 
     values: bytes
+    lines: int = 1
 
 
 class BackboneInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine says of the backbone once it is resident. ``folder`` is in Hugging Face's layout."""
+    """What the engine says of the backbone once it is resident. ``folder`` is in Hugging Face's layout.
+
+    ``decoder_start`` is the token that an encoder-decoder's answers begin after; None for other kinds.
+    """
 
     name: str
     folder: str
@@ -191,6 +258,7 @@ class BackboneInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_rows: int
     eos_token_ids: list[int]
+    decoder_start: int | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,6 +273,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     delta_bytes_device: int = 0
     delta_bytes_host: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens
+    prefix_cache_hits: int = 0
     steps: int = 0
     loads_from_host: int = 0
     loads_from_disk: int = 0

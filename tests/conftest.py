@@ -9,6 +9,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
@@ -16,6 +17,9 @@ from filelock import FileLock
 from server.store.connect import StoreClient, open_redis
 from server.store.keys import Keys
 from server.store.valkey import EmbeddedValkey
+
+if TYPE_CHECKING:
+    from tests.trained import Trained
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +83,15 @@ def twelve(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     from tests.oracle.twelve import write_folders  # imports PEFT
 
     return write_folders(smollm2, tmp_path_factory.mktemp("twelve"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Trained]:
+    """Deltas of real tasks on the real all-MiniLM-L6-v2, by the task's name; trained once for all workers."""
+    from tests.trained import trained  # imports torch, transformers and PEFT
+
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "trained"
+    shared.mkdir(exist_ok=True)
+    with FileLock(shared / "lock"):
+        return trained(shared)

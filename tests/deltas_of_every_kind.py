@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from deltas.delta import Component, Delta
 from deltas.methods import METHODS
-from deltas.sites import BackboneSpec
+from deltas.sites import BackboneSpec, SiteKind
 from tests.kinds import blocks, low_rank, weights
 from tests.kinds.draw import Draw, Maker
 
@@ -19,6 +19,7 @@ NEEDS_ALL_TOKENS = frozenset({"gated_lora", "gated_ia3"})
 """Refused where tokens come one after another."""
 
 FOR_T5 = frozenset({"opendelta_prefix"})
+PREFIXES = frozenset({"prefix", "packed_prefix"})
 
 
 def all_methods() -> list[str]:
@@ -38,6 +39,8 @@ def served(spec: BackboneSpec) -> list[str]:
         not_here |= NEEDS_ALL_TOKENS
     if spec.family != "t5":
         not_here |= FOR_T5
+    if any(site.refused for site in spec.of_kind(SiteKind.KV)):
+        not_here |= PREFIXES
     return [name for name in all_methods() if name not in not_here]
 
 

@@ -28,6 +28,7 @@ LONGEST = 300.0  # seconds; a mutant may make a test wait for ever
 MIXED = "tests/oracle/test_mixed_tiny.py"
 ENGINE = "tests/unit/engine/test_engine.py"
 PROBE = "tests/unit/engine/test_probe.py"
+SEQ2SEQ = "tests/oracle/test_seq2seq.py::test_every_method"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,41 @@ MUTANTS = (
         "part[:, :, ROW0] = segment.row0",
         "part[:, :, ROW0] = 0",
         (MIXED,),
+    ),
+    Mutant(
+        "4 tenants: keys and values are shared between them",
+        "server/engine/sharing.py",
+        "    return seq.tenant, seq.digest\n",
+        '    return "", seq.digest\n',
+        ("tests/unit/engine/test_sharing.py",),
+    ),
+    Mutant(
+        "1 right delta: keys and values are shared between deltas",
+        "server/engine/sharing.py",
+        "    return seq.tenant, seq.digest\n",
+        '    return seq.tenant, ""\n',
+        ("tests/unit/engine/test_sharing.py",),
+    ),
+    Mutant(
+        "1 right delta: an encoder-decoder's decoder has its encoder's plan",
+        "deltas/hooks.py",
+        "plan = self.decoder_plan if group.decoder else self.plan",
+        "plan = self.plan",
+        (SEQ2SEQ,),
+    ),
+    Mutant(
+        "1 right row: relative positions do not count a prefix",
+        "server/engine/t5_bias.py",
+        "anchors = [b.lead + t for",
+        "anchors = [t for",
+        (SEQ2SEQ,),
+    ),
+    Mutant(
+        "1 right row: cross-attention sees a key too few",
+        "server/engine/seq2seq.py",
+        "row.cross[layer].length + row.read for row",
+        "row.cross[layer].length + row.read - 1 for row",
+        (SEQ2SEQ,),
     ),
     Mutant(
         "1 right delta: a kept plan is used for other deltas",

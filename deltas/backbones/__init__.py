@@ -7,12 +7,15 @@ from collections.abc import Callable
 from transformers import PretrainedConfig
 
 from deltas.backbones import (
+    bart,
     bert,
+    distilbert,
     gemma,
     gpt2,
     gpt_neox,
     llama,
     mistral,
+    modernbert,
     opt,
     qwen2,
     qwen3,
@@ -23,7 +26,9 @@ from deltas.errors import UnsupportedBackbone
 from deltas.sites import BackboneSpec
 
 _TABLES: dict[str, Callable[[PretrainedConfig, str], BackboneSpec]] = {
+    "bart": bart.describe,
     "bert": bert.describe,
+    "distilbert": distilbert.describe,
     "gemma": gemma.describe,
     "gemma2": gemma.describe_second,
     "gemma3_text": gemma.describe_third,
@@ -31,6 +36,7 @@ _TABLES: dict[str, Callable[[PretrainedConfig, str], BackboneSpec]] = {
     "gpt_neox": gpt_neox.describe,
     "llama": llama.describe,
     "mistral": mistral.describe,
+    "modernbert": modernbert.describe,
     "opt": opt.describe,
     "qwen2": qwen2.describe,
     "qwen3": qwen3.describe,

@@ -34,7 +34,7 @@ class Invertible(PerSite):
         return {"activation": choice(config, "activation", ACTIVATIONS)}
 
     def check_site(self, here: Outlined) -> None:
-        if here.site.name not in ("embed", "embed.norm", "encoder.embed"):
+        if here.site.name not in ("embed", "embed.norm", "encoder.embed", "encoder.embed.norm"):
             name = f"{here.site.name}/f_down"
             raise InvalidDelta(f"{name!r}: an invertible adapter changes the embeddings only", field=name)
         if here.site.scale != 1.0:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltas.delta import Component
-from deltas.errors import InvalidDelta
+from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.methods import gates
 from deltas.methods.base import Outline, Shapes, expect, only_keys
 from deltas.methods.bottleneck import ACTIVATIONS, choice
@@ -72,6 +72,9 @@ class PackedPrefix:
             ]
             if wrong:
                 raise InvalidDelta(f"this backbone has no KV site {wrong[0]!r}", field="stacks")
+            refused = next((why for site in sites if (why := spec.sites[site].refused)), "")
+            if refused:
+                raise UnsupportedDelta(refused, field="stacks")
             known |= _check_stack(
                 stack, 2 * len(sites) * spec.kv_heads * spec.head_dim, config["length"], shapes
             )

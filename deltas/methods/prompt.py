@@ -1,7 +1,8 @@
 """Prompt tuning: trained embeddings put before a row's own tokens, whose positions they shift.
 
 Canonical tensor ``embeddings`` ``[n, hidden]``. Config ``{}``, or ``{"after_norm": true}`` for prompts that are put after
-an encoder's embedding norm, where they have no positions of their own.
+an encoder's embedding norm, where they have no positions of their own. Such a backbone has a table of positions that
+are added before the norm; with rotary positions every token has one, and no library says which a prompt has there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from deltas.delta import Component
-from deltas.errors import InvalidDelta
+from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.methods.base import Outline, expect, only_keys
 from deltas.patches import Patch, SoftPrompt
 from deltas.sites import BackboneSpec
@@ -42,6 +43,11 @@ class Prompt:
         if "embeddings" not in shapes:
             raise InvalidDelta("missing tensor: embeddings", field="embeddings")
         expect("embeddings", shapes["embeddings"], (0, spec.hidden))
+        if outline.config.get("after_norm") and not {"embed.norm", "embed.positions"} <= spec.sites.keys():
+            raise UnsupportedDelta(
+                f"a prompt after the embedding norm needs positions that are added before it; {spec.family} has none",
+                field="after_norm",
+            )
         length = shapes["embeddings"][0]
         if length >= spec.max_positions:
             raise InvalidDelta(

@@ -182,10 +182,12 @@ static void NAME(merge_blocks)(float *records, int64_t record, int64_t blocks, i
     }
 }
 
-/* n keys for up to GROUP query heads: sums acc [heads, padded], and per head the maximum and the total. */
+/* n keys for up to GROUP query heads: sums acc [heads, padded], and per head the maximum and the total.
+ * bias: what is added to the first head's scores, those of the others bias_head further on; or NULL. */
 static void NAME(attend_block)(int heads, const Q_TYPE *q, const T *k, const T *v, int64_t token, int64_t n,
-                               int64_t head_dim, int64_t padded, float scale, float softcap, float *acc,
-                               float *top, float *total, const block_ahead *next) {
+                               int64_t head_dim, int64_t padded, float scale, float softcap,
+                               const float *bias, int64_t bias_head, float *acc, float *top, float *total,
+                               const block_ahead *next) {
     const block_ahead none = {0};
     float p[GROUP * BLOCK] __attribute__((aligned(64)));
     for (int h = 0; h < heads; h++) {
@@ -197,6 +199,8 @@ static void NAME(attend_block)(int heads, const Q_TYPE *q, const T *k, const T *
         else
             NAME(scores)(q + h * padded, k, token, n, head_dim, scale, p + h * BLOCK, then);
         if (softcap > 0.0f) NAME(soften)(p + h * BLOCK, n, softcap);
+        if (bias != NULL)
+            for (int64_t j = 0; j < n; j++) p[h * BLOCK + j] += bias[h * bias_head + j];
     }
     for (int h = 0; h < heads; h++) total[h] = NAME(exponentials)(p + h * BLOCK, n, top + h);
     for (int h = 0; h < heads; h += SHARE) {
@@ -216,7 +220,8 @@ static void NAME(attend_block)(int heads, const Q_TYPE *q, const T *k, const T *
 /* out[row, h] = softmax(scale * q[row, h] . K)^T V over lengths[row] tokens of slots[row] from firsts[row] on
  * (from 0 without firsts), zeros where the length is 0; heads / kv_heads query heads share a key head. Both
  * caches have the same strides. The tokens of a prompt are rows too: of one slot, with growing lengths.
- * Where softcap is positive, scores become softcap * tanh(score / softcap) first.
+ * Where softcap is positive, scores become softcap * tanh(score / softcap) first; then bias, unless it is
+ * NULL, is added: bias[row, h, j] for the j-th visible key, its keys next to each other.
  *
  * Work is cut into blocks of BLOCK keys whatever the batch, and blocks are merged in order: so a long context
  * uses all threads, and a row's result does not depend on its neighbours. */
@@ -225,7 +230,8 @@ EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_hea
                                      int64_t c_slots, int64_t c_tokens, const int64_t *slots,
                                      const int64_t *firsts, const int64_t *lengths, int64_t rows,
                                      int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
-                                     float softcap, void *out, int64_t out_row, int64_t out_head) {
+                                     float softcap, const float *bias, int64_t bias_row,
+                                     int64_t bias_head, void *out, int64_t out_row, int64_t out_head) {
     if (head_dim > HEAD_DIM_MAX) return OUT_OF_RANGE;
     int64_t share = heads / kv_heads, chunks = (share + GROUP - 1) / GROUP, padded = round_up(head_dim, PAIR);
     int64_t per_row = kv_heads * chunks; /* units of one block of a row */
@@ -294,8 +300,10 @@ EXPORT int NAME(ds_decode_attention)(const void *q, int64_t q_row, int64_t q_hea
             int whole = blocks_of(lengths[row]) == 1;
             float top[GROUP], total[GROUP];
             float *acc = whole ? local : store + (at.spill + task - at.first) * record;
+            const float *added =
+                bias == NULL ? NULL : bias + row * bias_row + h0 * bias_head + at.block * BLOCK;
             NAME(attend_block)(n_heads, qs, (const T *)k + from, (const T *)v + from, c_token, n, head_dim,
-                               padded, scale, softcap, acc, top, total, &next);
+                               padded, scale, softcap, added, bias_head, acc, top, total, &next);
             if (whole) {
                 for (int h = 0; h < n_heads; h++)
                     NAME(finish)(acc + h * padded, total[h], to + h * out_head, head_dim);

@@ -39,6 +39,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ds_kv_write": (_P, _I, _I, _P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _I, _I, _I),
     "ds_decode_attention": (
         _P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _P, _I, _I, _I, _I, _F, _F, _P, _I, _I,
+        _P, _I, _I,
     ),
     "ds_ragged_attention": (
         _P, _I, _I, _P, _I, _I, _P, _I, _I, _I, _P, _I, _I, _I, _I, _F, _I, _P, _I, _I,
@@ -149,6 +150,7 @@ class Kernels:
         out: Tensor,
         firsts: Tensor | None = None,
         softcap: float | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         """One query token per row over its slot: exact softmax, grouped query heads, any length.
 
@@ -156,7 +158,8 @@ class Kernels:
         tokens, head_dim]``, any strides but the same for both; ``slots``, ``lengths`` int64 ``[rows]``
         (visible keys, the current token's included; 0 gives zeros). head_dim is contiguous, at most 512.
         ``firsts`` int64 ``[rows]``: where in the slot the visible keys begin, 0 without it. ``softcap`` c turns
-        every score s into c tanh(s / c).
+        every score s into c tanh(s / c). ``bias`` float32 ``[rows, heads, n]``, contiguous in n, is added to the scores
+        of the visible keys, of which no row may have more than n.
 
         The tokens of a prompt's chunk are rows as well, of one slot and with growing lengths: one call serves a
         step's prompts and its decoding rows.
@@ -176,12 +179,14 @@ class Kernels:
         _check_indices(lengths, rows, "lengths")
         if firsts is not None:
             _check_indices(firsts, rows, "firsts")
+        bias_row, bias_head = (0, 0) if bias is None else _check_bias(bias, rows, heads, lengths)
         _check(
             self._decode_attention[q.dtype](
                 q.data_ptr(), q_row, q_head, keys.data_ptr(), values.data_ptr(),
                 strides[0], strides[1], strides[2], c_slots, c_tokens, slots.data_ptr(),
                 None if firsts is None else firsts.data_ptr(), lengths.data_ptr(),
-                rows, heads, kv_heads, head_dim, scale, softcap or 0.0, out.data_ptr(), out_row, out_head,
+                rows, heads, kv_heads, head_dim, scale, softcap or 0.0,
+                None if bias is None else bias.data_ptr(), bias_row, bias_head, out.data_ptr(), out_row, out_head,
             )
         )  # fmt: skip
 
@@ -312,6 +317,16 @@ def _address(table: npt.NDArray[np.int64], fields: tuple[str, ...]) -> int:
 def _check_indices(indices: Tensor, count: int, name: str) -> None:
     if indices.dtype != torch.int64 or indices.shape != (count,) or not indices.is_contiguous():
         raise ValueError(f"{name}: contiguous int64 [{count}] expected")
+
+
+def _check_bias(bias: Tensor, rows: int, heads: int, lengths: Tensor) -> tuple[int, int]:
+    """The strides by row and by head of what is added to scores."""
+    by_row, by_head, inner = bias.stride()
+    if bias.dtype != torch.float32 or bias.shape[:2] != (rows, heads) or (inner != 1 and bias.shape[2] > 1):
+        raise ValueError(f"bias: float32 [{rows}, {heads}, keys], contiguous in the keys, expected")
+    if rows and bias.shape[2] < int(lengths.max()):
+        raise ValueError("bias: fewer keys than a row sees")
+    return by_row, by_head
 
 
 def load() -> Kernels | None:

@@ -16,16 +16,19 @@ from server.api.usage import Usage
 
 async def rows_for(request: ChatRequest, backbone: Backbone) -> list[Row]:
     """``n`` rows over the rendered messages. Raises ``ContextTooLong``, ``InvalidRequest``."""
-    prompt = await prompts.render(backbone.tokenizer, request.messages)
-    room = prompts.room(prompt, backbone, "messages")
-    wanted = request.max_completion_tokens or request.max_tokens or room
+    rendered = await prompts.render(backbone.tokenizer, request.messages)
+    start = prompts.start(rendered, backbone, "messages")
+    wanted = request.max_completion_tokens or request.max_tokens or start.room
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return [
         Row(
             copy,
-            prompt,
-            prompts.sampling(request, backbone, max_tokens=min(wanted, room), copy=copy, logprobs=logprobs),
+            start.prompt,
+            prompts.sampling(
+                request, backbone, max_tokens=min(wanted, start.room), copy=copy, logprobs=logprobs
+            ),
             request.stop or (),
+            source=start.source,
         )
         for copy in range(request.n or 1)
     ]
@@ -41,7 +44,7 @@ class ChatAnswer:
         self._rows = rows
         self._generation = generation
         self._head = head
-        self._usage = Usage(len(rows[0].prompt))
+        self._usage = Usage(len(rows[0].given))
 
     async def whole(self) -> dict[str, Any]:
         """The ``chat.completion`` object."""
@@ -55,7 +58,7 @@ class ChatAnswer:
             "usage": self._usage.body(),
         }
         if self._request.return_token_ids:
-            answer["prompt_token_ids"] = self._rows[0].prompt
+            answer["prompt_token_ids"] = self._rows[0].given
         return answer
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -88,7 +91,7 @@ class ChatAnswer:
         if piece.index not in opened:
             first = self._chunk([self._delta(piece.index, {"role": "assistant", "content": ""})])
             if self._request.return_token_ids and not opened:
-                first["prompt_token_ids"] = self._rows[0].prompt
+                first["prompt_token_ids"] = self._rows[0].given
             opened.add(piece.index)
             chunks.append(first)
         if piece.text or piece.token_ids:

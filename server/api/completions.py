@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from server.api import prompts
+from server.api import kinds, prompts
 from server.api.generation import Generation, Piece, Row
 from server.api.logprobs import CompletionLogprobs
 from server.api.schemas import CompletionRequest
@@ -19,21 +19,22 @@ DEFAULT_MAX_TOKENS = 16
 
 async def rows_for(request: CompletionRequest, backbone: Backbone) -> list[Row]:
     """``n`` rows for each prompt, prompt by prompt. Raises ``ContextTooLong``, ``InvalidRequest``."""
+    kinds.echoes(backbone, request.echo)
     wanted = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     scored = request.logprobs if request.echo else None
     rows: list[Row] = []
     for item in request.prompt:
         if isinstance(item, str):
-            prompt = await prompts.encode(backbone.tokenizer, item)
+            given = await prompts.encode(backbone.tokenizer, item)
         else:
             prompts.check_ids(item, backbone, "prompt")
-            prompt = item
-        room = prompts.room(prompt, backbone, "prompt")
+            given = item
+        start = prompts.start(given, backbone, "prompt")
         for copy in range(request.n or 1):
             params = prompts.sampling(
                 request,
                 backbone,
-                max_tokens=max(1, min(wanted, room)),
+                max_tokens=max(1, min(wanted, start.room)),
                 copy=copy,
                 logprobs=request.logprobs,
                 prompt_logprobs=scored,
@@ -41,11 +42,12 @@ async def rows_for(request: CompletionRequest, backbone: Backbone) -> list[Row]:
             rows.append(
                 Row(
                     len(rows),
-                    prompt,
+                    start.prompt,
                     params,
                     request.stop or (),
-                    continues=True,
+                    continues=not start.source,
                     discard_output=wanted == 0,
+                    source=start.source,
                 )
             )
     return rows
@@ -61,7 +63,7 @@ class CompletionAnswer:
         self._rows = rows
         self._generation = generation
         self._head = {**head, "object": "text_completion"}
-        self._usage = Usage(sum(len(row.prompt) for row in rows[:: request.n or 1]))
+        self._usage = Usage(sum(len(row.given) for row in rows[:: request.n or 1]))
         self._opened: set[int] = set()
         self._logprobs = [CompletionLogprobs(request.logprobs or 0, generation.tokenizer) for _ in rows]
 
@@ -106,7 +108,7 @@ class CompletionAnswer:
             choice["logprobs"] = self._logprobs[piece.index].format(token_ids, logprobs)
         if self._request.return_token_ids:
             choice["token_ids"] = piece.token_ids
-            choice["prompt_token_ids"] = row.prompt if first else None
+            choice["prompt_token_ids"] = row.given if first else None
         return choice
 
     def _prompt_text(self, row: Row) -> str:

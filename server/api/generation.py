@@ -24,7 +24,7 @@ class Row:
     """One sequence to generate.
 
     ``continues``: its text goes on with the prompt's (a text completion, not a chat turn). ``discard_output`` runs
-    it for its prompt's log-probabilities only.
+    it for its prompt's log-probabilities only. ``source`` is what an encoder-decoder's encoder reads.
     """
 
     index: int
@@ -33,6 +33,12 @@ class Row:
     stops: Sequence[str] = ()
     continues: bool = False
     discard_output: bool = False
+    source: list[int] = field(default_factory=list)
+
+    @property
+    def given(self) -> list[int]:
+        """The tokens of what the caller sent."""
+        return self.source or self.prompt
 
 
 @dataclass
@@ -119,10 +125,14 @@ class Generation:
 
     async def _row(self, row: Row) -> AsyncGenerator[Piece, None]:
         text = _RowText(row, self.tokenizer)
-        self.metrics.prompt_accepted(self.tenant, len(row.prompt))
+        self.metrics.prompt_accepted(self.tenant, len(row.given))
         last = 0.0
         events = self.engine.generate(
-            prompt=row.prompt, sampling=row.sampling, delta=self.delta, tenant=self.tenant
+            prompt=row.prompt,
+            sampling=row.sampling,
+            delta=self.delta,
+            tenant=self.tenant,
+            source=row.source,
         )
         async with aclosing(events):
             async for event in events:

@@ -25,6 +25,7 @@ from server.store.deltas import DeltaStore
 from server.store.idempotency import IdempotencyStore
 from server.store.keys import Keys
 from server.store.registry import Registry
+from server.store.tasks import TaskStore
 from server.store.tenants import TenantStore
 from server.store.valkey import EmbeddedValkey
 from server.tenants.auth import Authenticator
@@ -54,6 +55,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
             settings=settings,
             deltas=deltas,
             tenants=tenants,
+            tasks=TaskStore(redis, keys),
             authenticator=Authenticator(tenants, settings.admin_key or admin_key(settings.data_dir)[0]),
             idempotency=IdempotencyStore(redis, keys),
             engine=EngineClient(settings),
@@ -140,14 +142,12 @@ def _describe(info: BackboneInfo) -> Backbone:
     from transformers import AutoConfig  # seconds to import: not before the port is open
 
     from deltas.backbones import describe
-    from deltas.backbones.headless import without_absent_head
+    from deltas.backbones.stored import as_stored
     from deltas.weights import FrozenTensors
     from server.engine.tokenizer import Tokenizer
 
     config = AutoConfig.from_pretrained(info.folder, local_files_only=True)
-    spec = describe(config, info.revision)
-    if spec.kind == "encoder":
-        spec = without_absent_head(spec, FrozenTensors(Path(info.folder)))
+    spec = as_stored(describe(config, info.revision), FrozenTensors(Path(info.folder)))
     return Backbone(info, spec, Tokenizer(Path(info.folder)))
 
 

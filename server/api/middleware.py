@@ -22,6 +22,7 @@ log = logging.get("server.api")
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _UNCOUNTED = ("/health/", "/metrics")
+_COMPUTING = ("chat", "completion", "embedding", "classify", "score", "task")
 CLIENT_CLOSED = 499
 
 
@@ -74,7 +75,7 @@ class RequestScope:
     def _account(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         outcome = state.get("outcome") or _outcome(status)
         kind = state.get("kind", "other")
-        computes = kind in ("chat", "completion", "embedding", "classify") and outcome == "ok"
+        computes = kind in _COMPUTING and outcome == "ok"
         self._services.metrics.request_done(kind, outcome, seconds if computes else None)
         if status in (401, 403, 413, 429, 503):
             self._services.metrics.rejected(state.get("error_code", "unavailable"))

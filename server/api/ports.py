@@ -7,14 +7,19 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from server.errors import DeltaserveError
 from server.types import (
     BackboneInfo,
     DeltaRef,
+    EncodedText,
+    EncoderInput,
     EngineStats,
     ProbeResult,
     SamplingParams,
+    TextPiece,
     TokenEvent,
     Vector,
+    Want,
 )
 
 
@@ -37,6 +42,18 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def encode_within(self, text: str, limit: int) -> list[int]: ...
+
+    @property
+    def mask_token(self) -> tuple[str, int] | None:
+        """The mask as it is written, and its id."""
+
+    @property
+    def unknown_id(self) -> int | None: ...
+
+    def encode_pieces(
+        self, texts: Sequence[Sequence[TextPiece]], limit: int | None = None, add_special_tokens: bool = True
+    ) -> EncodedText:
+        """One text, or two as a pair, in which only their writer's own pieces can spell control tokens."""
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
@@ -77,12 +94,28 @@ class Engine(Protocol):
     async def wait_ready(self) -> BackboneInfo: ...
 
     def generate(
-        self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
+        self,
+        *,
+        prompt: list[int],
+        sampling: SamplingParams,
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]: ...
 
+    async def score(
+        self,
+        *,
+        prompt: list[int],
+        choices: Sequence[list[int]],
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
+    ) -> list[list[float]]: ...
+
     async def encode(
-        self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str
-    ) -> list[Vector]: ...
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+    ) -> list[Vector | DeltaserveError]: ...
 
     async def load(self, delta: DeltaRef) -> ProbeResult: ...
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from server.api.ports import Tokenizer
-from server.api.schemas import GenerationRequest, Message
+from server.api.schemas import Message, SamplingFields
 from server.api.services import Backbone
 from server.errors import ContextTooLong, InvalidRequest
-from server.types import SamplingParams
+from server.types import EncodedText, SamplingParams, TextPiece
 
 Number = TypeVar("Number", int, float)
 
@@ -29,6 +29,18 @@ async def encode_within(tokenizer: Tokenizer, text: str, limit: int) -> list[int
     if len(text) <= _INLINE_CHARS:
         return tokenizer.encode_within(text, limit)
     return await asyncio.to_thread(tokenizer.encode_within, text, limit)
+
+
+async def encode_pieces(
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[TextPiece]],
+    limit: int | None = None,
+    add_special_tokens: bool = True,
+) -> EncodedText:
+    """One text made of pieces, or a pair of them, cut to ``limit``."""
+    if sum(len(piece.text) for text in texts for piece in text) <= _INLINE_CHARS:
+        return tokenizer.encode_pieces(texts, limit, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode_pieces, texts, limit, add_special_tokens)
 
 
 async def render(
@@ -65,8 +77,30 @@ def room(prompt: Sequence[int], backbone: Backbone, param: str) -> int:
     return limit - len(prompt)
 
 
+class Start(NamedTuple):
+    """How a row begins: its own tokens, what an encoder-decoder's encoder reads, and how many tokens may follow."""
+
+    prompt: list[int]
+    source: list[int]
+    room: int
+
+
+def start(tokens: list[int], backbone: Backbone, param: str) -> Start:
+    """A row for what a caller sent. Raises ``ContextTooLong`` or ``InvalidRequest`` as :func:`room` does."""
+    first, limit = backbone.info.decoder_start, backbone.info.max_model_len
+    if first is None:
+        return Start(tokens, [], room(tokens, backbone, param))
+    if not tokens:
+        raise InvalidRequest("The prompt has no tokens.", param=param)
+    if len(tokens) > limit:
+        raise ContextTooLong(
+            f"This model's encoder reads at most {limit} tokens; the prompt has {len(tokens)}.", param=param
+        )
+    return Start([first], tokens, limit - 1)
+
+
 def sampling(
-    request: GenerationRequest,
+    request: SamplingFields,
     backbone: Backbone,
     *,
     max_tokens: int,

@@ -32,15 +32,9 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class GenerationRequest(Strict):
-    """What chat and text completions share. ``None`` means the default everywhere, as OpenAI's clients send
-    it.
-    """
+class SamplingFields(Strict):
+    """How rows choose their tokens. ``None`` means the default everywhere, as OpenAI's clients send it."""
 
-    model: Annotated[str, Field(min_length=1, max_length=1024)]
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -55,16 +49,6 @@ class GenerationRequest(Strict):
     stop: list[str] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
-
-    # Known to OpenAI's clients and without a bearing on the answer: taken and not used.
-    user: str | None = None
-    store: bool | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -86,6 +70,25 @@ class GenerationRequest(Strict):
             if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
                 raise ValueError("keys must be token ids")
         return value
+
+
+class GenerationRequest(SamplingFields):
+    """What chat and text completions share."""
+
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    # Known to OpenAI's clients and without a bearing on the answer: taken and not used.
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
     def _streaming(self) -> GenerationRequest:

@@ -17,6 +17,7 @@ from server.store.blobs import BlobStore
 from server.store.deltas import DeltaStore
 from server.store.idempotency import IdempotencyStore
 from server.store.registry import Registry
+from server.store.tasks import TaskStore
 from server.store.tenants import TenantStore
 from server.tenants.auth import Authenticator
 from server.types import BackboneInfo
@@ -80,6 +81,7 @@ class Services:
     settings: Settings
     deltas: DeltaStore
     tenants: TenantStore
+    tasks: TaskStore
     authenticator: Authenticator
     idempotency: IdempotencyStore
     engine: Engine

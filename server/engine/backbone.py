@@ -22,12 +22,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GgufConfig,
 )
 
 from deltas.backbones import describe, families
-from deltas.backbones.headless import without_absent_head
+from deltas.backbones.stored import as_stored
 from deltas.sites import BackboneSpec
 from deltas.weights import FrozenTensors
 from server.engine import gguf
@@ -40,6 +41,7 @@ ATTENTION = "deltaserve"
 # those that attend through this engine; the other families have tables for reading deltas and testing them
 SERVED = (
     "bert",
+    "distilbert",
     "gemma",
     "gemma2",
     "gemma3_text",
@@ -47,11 +49,20 @@ SERVED = (
     "gpt_neox",
     "llama",
     "mistral",
+    "modernbert",
     "opt",
     "qwen2",
     "qwen3",
     "roberta",
+    "t5",
 )
+
+
+_AUTO: dict[str, Any] = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModelForMaskedLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+}
 
 
 class BackboneError(InvalidRequest):
@@ -71,7 +82,10 @@ class Located:
 
 @dataclass(frozen=True)
 class Backbone:
-    """The resident model and what the library knows of it. ``softcap`` c turns each logit z into c tanh(z / c)."""
+    """The resident model and what the library knows of it.
+
+    ``softcap`` c turns each logit z into c tanh(z / c); ``head_scale`` multiplies what the head reads.
+    """
 
     name: str
     folder: Path
@@ -81,9 +95,12 @@ class Backbone:
     device: torch.device
     parameters: int
     softcap: float | None = None
+    head_scale: float = 1.0
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[n, vocab]`` of last hidden states ``[n, hidden]``, by the hooked head."""
+        if self.head_scale != 1.0:
+            hidden = hidden * self.head_scale
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
@@ -264,12 +281,14 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     spec = describe(config, fingerprint(Located(name, folder)))
     AttentionInterface.register(ATTENTION, attention)
-    encoder = spec.kind == "encoder"
     whole = spec
-    if encoder:
-        spec = without_absent_head(spec, FrozenTensors(folder))
-    auto: Any = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
-    model, loaded = auto.from_pretrained(
+    spec = as_stored(spec, FrozenTensors(folder))
+    if spec.kind == "encoder-decoder" and dtype == torch.float16:
+        raise BackboneError(
+            f"{name} would overflow in float16, which {spec.family} was not trained in: use bfloat16 or float32",
+            param="dtype",
+        )
+    model, loaded = _AUTO[spec.kind].from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,
@@ -283,7 +302,9 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
     counted = model.base_model if headless else model
     parameters = sum(p.numel() for p in counted.parameters())
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Backbone(name, folder, spec, model, dtype, device, parameters, softcap)
+    # a T5 whose head is its token embedding
+    head_scale = spec.hidden**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
+    return Backbone(name, folder, spec, model, dtype, device, parameters, softcap, head_scale)
 
 
 def _refuse_missing(name: str, missing: Iterable[str], body: str) -> None:
@@ -309,7 +330,7 @@ def attention(
     del attention_mask, dropout
     step = kwargs["deltaserve_attention"]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    if isinstance(step, RaggedAttention):
-        return step(module, q, k, v, scaling)[None], None
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    if isinstance(step, RaggedAttention):
+        return step(module, q, k, v, scaling, window)[None], None
     return step(module.layer_idx, q, k, v, scaling, window, softcap)[None], None

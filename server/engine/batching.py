@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from server.engine.scheduler import IntegrityError
 from server.engine.waiting import FairQueue
 from server.errors import Unavailable
-from server.types import DeltaRef
+from server.types import DeltaRef, EncoderInput, Want
 
 
 @dataclass(slots=True, eq=False)
 class EncodeJob:
-    """One row to encode: its token ids, its delta, and whether the delta's head is wanted.
+    """One row to encode, with its delta, and what it shall become.
 
     ``virtual`` counts the tokens that the delta adds to it; known when the row is taken. ``arrived`` is of the
     monotonic clock.
@@ -26,9 +26,9 @@ class EncodeJob:
 
     id: int
     tenant: str
-    ids: list[int]
+    row: EncoderInput
     delta: DeltaRef | None
-    head: bool
+    want: Want
     arrived: float
     virtual: int = 0
 
@@ -40,7 +40,7 @@ class EncodeJob:
     @property
     def uncomputed(self) -> int:
         """Tokens that the row costs."""
-        return len(self.ids) + self.virtual
+        return len(self.row.ids) + self.virtual
 
 
 Ready = Callable[[EncodeJob], int | None]

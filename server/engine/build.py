@@ -15,10 +15,12 @@ from deltas.errors import UnsupportedBackbone
 from deltas.ops import Mode, native
 from server.engine import backbone as backbones
 from server.engine.build_encoder import encoder_engine
+from server.engine.build_seq2seq import seq2seq_engine
 from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
 from server.engine.kv import SlotKV, token_bytes
 from server.engine.messages import Progress, Reply
+from server.engine.probe import Probe
 from server.engine.process import EngineConfig
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -52,6 +54,9 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | Encod
         backbone = backbones.load(located.name, folder, device, dtype)
     except UnsupportedBackbone as error:
         raise InvalidRequest(str(error), param="backbone") from error
+    if backbone.spec.kind == "encoder-decoder":
+        kernels.join()
+        return seq2seq_engine(config, backbone, config.kv_bytes or _free_bytes(device), send)
     context = backbone.spec.max_positions
     if config.max_model_len is not None and config.max_model_len > context:
         raise InvalidRequest(
@@ -101,6 +106,7 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | Encod
     return Engine(
         info=info,
         runner=runner,
+        probe=Probe(runner),
         scheduler=scheduler,
         send=send,
         delta_bytes=config.delta_bytes,

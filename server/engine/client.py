@@ -51,11 +51,13 @@ from server.errors import (
 from server.types import (
     BackboneInfo,
     DeltaRef,
+    EncoderInput,
     EngineStats,
     ProbeResult,
     SamplingParams,
     TokenEvent,
     Vector,
+    Want,
 )
 
 log = structlog.get_logger(__name__)
@@ -136,11 +138,20 @@ class EngineClient:
         return None if self._process is None else self._process.pid
 
     async def generate(
-        self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
+        self,
+        *,
+        prompt: list[int],
+        sampling: SamplingParams,
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]:
-        """Runs one row. Closing the generator frees it; every other end is a finish reason or an exception."""
+        """Runs one row. Closing the generator frees it; every other end is a finish reason or an exception.
+
+        ``source`` is what an encoder-decoder's encoder reads.
+        """
         async with self._conversation() as (request_id, side, events):
-            side.send(Submit(request_id, tenant, prompt, delta, sampling))
+            side.send(Submit(request_id, tenant, prompt, delta, sampling, list(source)))
             ended = False
             try:
                 while not ended:
@@ -155,12 +166,42 @@ class EngineClient:
                 if not ended:
                     side.send(Cancel(request_id))
 
-    async def encode(
-        self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str
-    ) -> list[Vector]:
-        """Embeds rows of token ids with an encoder, or puts them through the delta's head: one vector a row, in order.
+    async def score(
+        self,
+        *,
+        prompt: list[int],
+        choices: Sequence[list[int]],
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
+    ) -> list[list[float]]:
+        """The log-probability of every token of each choice behind ``prompt``. Raises the first error."""
+        sampling = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=len(prompt))
 
-        Raises the first row's error; then, and if the caller is cancelled, no row goes on.
+        async def one(choice: list[int]) -> list[float]:
+            found: list[float] = []
+            rows = self.generate(
+                prompt=[*prompt, *choice], sampling=sampling, delta=delta, tenant=tenant, source=source
+            )
+            async with contextlib.aclosing(rows) as events:
+                async for event in events:
+                    found += [token.logprob for token in event.prompt_logprobs or [] if token is not None]
+            return found
+
+        tasks = [asyncio.create_task(one(choice)) for choice in choices]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def encode(
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+    ) -> list[Vector | DeltaserveError]:
+        """Puts rows through an encoder: what each became, or its own error, in order.
+
+        If the caller is cancelled, no row goes on.
         """
         async with contextlib.AsyncExitStack() as stack:
             opened = [await stack.enter_async_context(self._conversation()) for _ in rows]
@@ -168,18 +209,17 @@ class EngineClient:
                 return []
             side = opened[0][1]
             numbered = [(found[0], row) for found, row in zip(opened, rows, strict=True)]
-            side.send(Encode(tenant, numbered, delta, head))
-            vectors: list[Vector] = []
+            side.send(Encode(tenant, numbered, delta, want))
+            found: list[Vector | DeltaserveError] = []
             try:
                 for _, _, events in opened:
-                    while not isinstance(event := await events.get(), Vector):
-                        if isinstance(event, DeltaserveError):
-                            raise event
-                    vectors.append(event)
+                    while not isinstance(event := await events.get(), Vector | DeltaserveError):
+                        pass
+                    found.append(event)
             finally:
-                for request_id, _ in numbered[len(vectors) :]:
+                for request_id, _ in numbered[len(found) :]:
                     side.send(Cancel(request_id))
-            return vectors
+            return found
 
     async def load(self, delta: DeltaRef) -> ProbeResult:
         """Brings a delta to the device now and says what it does there.

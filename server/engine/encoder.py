@@ -6,7 +6,7 @@ stays within a row (``ragged.py``), each row with its own delta's prefix before 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +26,23 @@ from server.engine.ragged import SITE, RaggedAttention
 See = Callable[[Plan | None], Plan | None]
 """Given every plan before it is applied; what it returns is applied."""
 
+# What a family's language-model head makes of hidden states [n, hidden]: its logits [n, vocab].
+_HEADS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
+    "bert": lambda model, hidden: model.cls(hidden),
+    "distilbert": lambda model, hidden: model.vocab_projector(
+        model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+    ),
+    "modernbert": lambda model, hidden: model.decoder(model.head(hidden)),
+    "roberta": lambda model, hidden: model.lm_head(hidden),
+}
+
 
 @dataclass(frozen=True)
 class EncoderRow:
     """A row's own token ids, and its delta. Prompt tokens of the delta come on top.
 
-    ``types`` are token types (zeros where None); ``positions`` count from 0 whatever the backbone's table begins with.
+    ``types`` are token types (zeros where None; not read where the backbone has none); ``positions`` count from 0
+    whatever the backbone's table begins with.
     """
 
     ids: list[int]
@@ -85,6 +96,7 @@ class EncoderRunner:
             module.register_forward_pre_hook(_enter, with_kwargs=True)
         # RoBERTa's table begins with rows that are no token's position
         self._first = model.config.pad_token_id + 1 if spec.family == "roberta" else 0
+        self._typed = "embed.types" in spec.sites
         self._base = model.base_model
         self._base.embeddings.register_forward_hook(self._insert)
 
@@ -101,13 +113,14 @@ class EncoderRunner:
         lengths = [n + _length(row.late) for n, row in zip(starts, rows, strict=True)]
         try:
             embedded = self._embed(rows, own, see)
+            types = {"token_type_ids": _types(rows)[None].to(device)} if self._typed else {}
             self._prompts, self._body = self._late(rows, starts), see(self._plan(deltas, lengths))
             self.hooks.plan = self._body if not self._prompts else see(self._plan(deltas, starts))
             hidden: Tensor = self._base(
                 inputs_embeds=embedded[None],
                 position_ids=self._positions(rows)[None].to(device),
-                token_type_ids=_types(rows)[None].to(device),
-                deltaserve_attention=RaggedAttention(lengths, deltas, device, self.ops.kernels),
+                deltaserve_attention=RaggedAttention(lengths, deltas, device, kernels=self.ops.kernels),
+                **types,
             ).last_hidden_state[0]
         finally:
             self.hooks.plan = self._body = None
@@ -119,10 +132,9 @@ class EncoderRunner:
         """``[n, vocab]`` of last hidden states of rows of one delta, by the hooked language-model head, if there is one."""
         if "head" not in self.backbone.spec.sites:
             return None
-        model = self.backbone.model
         self.hooks.plan = see(self._plan([delta], [len(hidden)]))
         try:
-            logits: Tensor = (model.lm_head if self.backbone.spec.family == "roberta" else model.cls)(hidden)
+            logits = _HEADS[self.backbone.spec.family](self.backbone.model, hidden)
         finally:
             self.hooks.plan = None
         return logits

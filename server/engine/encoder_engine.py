@@ -8,7 +8,8 @@ answer each row: its embedding, or what its delta's head makes of it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from server.engine.loop import StepLoop
 from server.engine.messages import Encode, Encoded, Failed, Reply, Submit
 from server.engine.pooling import Embedder
 from server.engine.runner import LONGEST_PROMPT
-from server.errors import ContextTooLong, DeltaserveError, RowFailed, UnsupportedTask
+from server.errors import ContextTooLong, DeltaserveError, InvalidRequest, RowFailed, UnsupportedTask
 from server.types import BackboneInfo, EngineStats, Vector
 
 
@@ -57,6 +58,8 @@ class EncoderEngine(StepLoop):
         self._embedder = embedder
         self._running = 0  # rows of the step before
         self._positions = runner.backbone.spec.max_positions
+        types = runner.backbone.spec.sites.get("embed.types")
+        self._types = 1 if types is None else types.in_features
 
     def _step(self) -> bool:
         jobs = self.batcher.next(self._ready)
@@ -77,10 +80,10 @@ class EncoderEngine(StepLoop):
             self._send(Failed(request.id, UnsupportedTask.code, message))
             return
         now, ref = time.monotonic(), request.delta
-        for row_id, ids in request.rows:
+        for row_id, row in request.rows:
             try:
                 self._check_quarantine(ref)
-                self.batcher.add(EncodeJob(row_id, request.tenant, ids, ref, request.head, now))
+                self.batcher.add(EncodeJob(row_id, request.tenant, row, ref, request.want, now))
             except DeltaserveError as error:
                 self._send(Failed(row_id, error.code, error.message))
         if ref is not None and not self._quarantine.refuses(ref):
@@ -99,7 +102,7 @@ class EncoderEngine(StepLoop):
         ready: list[tuple[EncodeJob, EncoderRow]] = []
         for job, delta in zip(jobs, held, strict=True):
             self._queued.append(began - job.arrived)
-            row = EncoderRow(job.ids, delta)
+            row = EncoderRow(job.row.ids, delta, job.row.types)
             error = self._fault(job, row)
             if error is None:
                 ready.append((job, row))
@@ -113,34 +116,61 @@ class EncoderEngine(StepLoop):
 
     def _fault(self, job: EncodeJob, row: EncoderRow) -> DeltaserveError | None:
         """Why this row cannot run with its delta."""
-        if row.shift + len(job.ids) > self._positions:
+        if row.shift + len(row.ids) > self._positions:
             virtual = row.shift
             return ContextTooLong(
-                f"the input has {len(job.ids)} tokens and its delta {virtual} virtual ones; together the backbone "
+                f"the input has {len(row.ids)} tokens and its delta {virtual} virtual ones; together the backbone "
                 f"takes {self._positions}"
             )
+        if max(row.types or (0,)) >= self._types:
+            return InvalidRequest(f"the backbone has {self._types} types of tokens, the input more")
         head = None if row.delta is None else row.delta.head
-        if job.head and (head is None or head.pooling is Pooling.NONE):
-            return UnsupportedTask("the delta has no head that classifies a whole input")
+        match job.want.kind:
+            case "head" if head is None or head.pooling is Pooling.NONE:
+                return UnsupportedTask("the delta has no head that classifies a whole input")
+            case "tokens" if head is None or head.pooling is not Pooling.NONE:
+                return UnsupportedTask("the delta has no head that gives an output for every token")
+            case "mask" if "head" not in self.runner.backbone.spec.sites:
+                return UnsupportedTask("the backbone's checkpoint has no masked-language-model head")
+            case "mask" if job.row.mask is None or not 0 <= job.row.mask < len(row.ids):
+                return InvalidRequest("the row has no mask")
         return None
 
     def _settle(self, rows: Sequence[tuple[EncodeJob, EncoderRow]], hidden: Sequence[Tensor]) -> None:
         self._note_batch([job.digest for job, _ in rows])
         answers: list[tuple[int, Vector]] = []
-        for (job, row), states in zip(rows, hidden, strict=True):
-            vector = self._vector(job, row.delta, states)
-            if bool(torch.isfinite(vector).all()):
-                answers.append((job.id, Vector(vector.cpu().numpy().tobytes())))
+        for job, found in self._outputs(rows, hidden):
+            if bool(torch.isfinite(found).all()):
+                lines = len(found) if job.want.kind == "tokens" else 1
+                answers.append((job.id, Vector(found.float().contiguous().cpu().numpy().tobytes(), lines)))
             else:
                 self._send(Failed(job.id, RowFailed.code, self._poison(job.delta)))
         if answers:
             self._send(Encoded(answers))
 
     @torch.inference_mode()
-    def _vector(self, job: EncodeJob, delta: PackedDelta | None, states: Tensor) -> Tensor:
-        if job.head and delta is not None and delta.head is not None:
-            return heads.apply(delta.head, states).float().contiguous()
-        return self._embedder(states)
+    def _outputs(
+        self, rows: Sequence[tuple[EncodeJob, EncoderRow]], hidden: Sequence[Tensor]
+    ) -> Iterator[tuple[EncodeJob, Tensor]]:
+        """What each row became: a vector, or for every own token a line of a matrix."""
+        masked: list[tuple[EncodeJob, EncoderRow, Tensor]] = []
+        for (job, row), states in zip(rows, hidden, strict=True):
+            own = states[len(states) - len(row.ids) :]  # a prompt's tokens are before them
+            head = None if row.delta is None else row.delta.head
+            match job.want.kind:
+                case "mask" if job.row.mask is not None:
+                    masked.append((job, row, own[job.row.mask]))
+                case "head" if head is not None:
+                    yield job, heads.apply(head, states)
+                case "tokens" if head is not None:
+                    yield job, heads.apply(head, own)
+                case _:
+                    yield job, self._embedder.but(job.want.pooling, job.want.normalise)(states)
+        for _, together in groupby(masked, key=lambda entry: entry[0].digest):  # one product a delta
+            those = list(together)
+            logits = self.runner.logits(torch.stack([state for _, _, state in those]), those[0][1].delta)
+            for (job, _, _), line in zip(those, () if logits is None else logits, strict=True):
+                yield job, line[job.want.candidates]
 
     def _finish(self, delta: PackedDelta) -> PackedDelta:
         """Refuses a delta that leaves no room for a single token, or makes every row of it far too long."""

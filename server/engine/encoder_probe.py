@@ -34,8 +34,9 @@ class EncoderProbe(AnyProbe[EncoderRunner]):
             return plan if watch is None else replace(watch, plan=plan or Idle())
 
         ids = given.ids.tolist()
-        kinds = self.runner.backbone.model.config.type_vocab_size
-        types = [int(n % 3 == 2 and kinds > 1) for n in range(len(ids))]
+        table = self.runner.backbone.spec.sites.get("embed.types")
+        typed = table is not None and table.in_features > 1
+        types = [int(n % 3 == 2 and typed) for n in range(len(ids))]
         row = EncoderRow(ids, delta, types, given.positions.tolist())
         hidden = self.runner.run([row], see)[0]
         own = hidden[-len(ids) :]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from deltas.bank import PackedDelta
 from server.engine.logprobs import prompt_logprobs
 from server.engine.loop import StepLoop
 from server.engine.messages import Encode, Failed, Reply, Step, Submit
-from server.engine.probe import Probe
-from server.engine.runner import Runner, StepOutput
+from server.engine.probe import AnyProbe
+from server.engine.runner import StepOutput, StepRunner, unscored
 from server.engine.sampler import RowSampler, sample
 from server.engine.scheduler import Plan, PlannedRow, Scheduler
 from server.engine.sequence import Sequence
@@ -42,7 +43,8 @@ class Engine(StepLoop):
         self,
         *,
         info: BackboneInfo,
-        runner: Runner,
+        runner: StepRunner,
+        probe: AnyProbe[Any],
         scheduler: Scheduler,
         send: Callable[[Reply], None],
         delta_bytes: int,
@@ -51,9 +53,9 @@ class Engine(StepLoop):
         super().__init__(
             info,
             runner.backbone,
-            Probe(runner),
+            probe,
             send,
-            finish=runner.prompt_prefix,
+            finish=runner.finish,
             forget=runner.forget,
             delta_bytes=delta_bytes,
             host_delta_bytes=host_delta_bytes,
@@ -92,6 +94,7 @@ class Engine(StepLoop):
             id=request.id,
             tenant=request.tenant,
             prompt=request.prompt,
+            source=request.source,
             sampling=request.sampling,
             delta=request.delta,
             arrived=time.monotonic(),
@@ -115,22 +118,27 @@ class Engine(StepLoop):
         if seq.delta is None:
             return 0
         delta = self.residency.resident(seq.delta)
-        return None if delta is None else delta.prefix_length
+        return None if delta is None else self.runner.before(delta)
 
     def _begin(self, plan: Plan) -> None:
         """Gives admitted rows their delta and its prefix; answers those that cannot fit."""
         for seq in plan.rejected:
             limit = self.scheduler.slot_tokens
             self._fail(seq, "context_length_exceeded", f"prompt and delta prefix exceed {limit} tokens")
-        for seq in plan.admitted:
-            self._queued.append((seq.started or seq.arrived) - seq.arrived)
+        for seq in plan.preempted:
             row = self._rows[seq.id]
+            self._let_go(seq, row)
+            row.prompt_logprobs.clear()  # they come again
+        for seq in plan.admitted:
+            row = self._rows[seq.id]
+            if not seq.output:
+                self._queued.append((seq.started or seq.arrived) - seq.arrived)
             row.slot = seq.slot
-            if seq.delta is None or seq.slot is None:
-                continue
-            row.delta = self.residency.acquire(seq.delta.digest)
-            if row.delta.prefix is not None:
-                self.runner.kv.put_prefix(seq.slot, row.delta.prefix)
+            if seq.delta is not None:
+                row.delta = self.residency.acquire(seq.delta.digest)
+            self.runner.begin(seq, row.delta)
+        for slot in plan.emptied:
+            self.runner.empty(slot)
 
     def _settle(self, plan: Plan, out: StepOutput) -> None:
         """Samples, ends rows that are done, and tells the client."""
@@ -157,15 +165,16 @@ class Engine(StepLoop):
                 continue
             logprob = logprobs.get(i)
             kept = self._rows[seq.id]
-            first = len(seq.output) <= 1 and kept.prompt_logprobs
+            first = len(seq.output) == (0 if token is None else 1)
             events.append(
                 (
                     seq.id,
                     TokenEvent(
                         token_ids=[] if token is None else [token],
                         logprobs=None if logprob is None else [logprob],
-                        prompt_logprobs=kept.prompt_logprobs if first else None,
+                        prompt_logprobs=(kept.prompt_logprobs or None) if first else None,
                         finish_reason=reason,
+                        cached_tokens=seq.cached if first else 0,
                     ),
                 )
             )
@@ -182,10 +191,10 @@ class Engine(StepLoop):
         if top is None or row.start >= len(seq.prompt):
             return
         kept = self._rows[seq.id].prompt_logprobs
-        if row.start == 0:
+        if row.start == 0 and seq.sampling.prompt_logprobs_from == 0:
             kept.append(None)
-        targets = seq.prompt[row.start + 1 : row.start + count + 1]
         first = out.rows[i].first
+        targets = seq.prompt[row.start + unscored(row) + 1 : row.start + count + 1]
         if targets:
             kept.extend(prompt_logprobs(out.logits[first : first + len(targets)], targets, top))
 
@@ -199,7 +208,7 @@ class Engine(StepLoop):
     def _poisoned(self, seq: Sequence) -> None:
         """A row's logits are not numbers; neighbours are fine."""
         message = self._poison(seq.delta)
-        self.scheduler.finish(seq)
+        self.scheduler.finish(seq, sound=False)
         self._fail(seq, RowFailed.code, message)
 
     def _fail(self, seq: Sequence, code: str, message: str) -> None:
@@ -208,11 +217,14 @@ class Engine(StepLoop):
 
     def _close(self, seq: Sequence) -> None:
         """A row has left the scheduler: let go of its delta and its KV pages."""
-        row = self._rows.pop(seq.id)
+        self._let_go(seq, self._rows.pop(seq.id))
+
+    def _let_go(self, seq: Sequence, row: _Row) -> None:
         if row.slot is not None:
-            self.runner.kv.release(row.slot, seq.prefix + seq.computed)
+            self.runner.end(row.slot)
         if row.delta is not None:
             self.residency.release(seq.digest)
+        row.slot = row.delta = None
 
     def _fail_waiting(self, digest: str, code: str, message: str) -> None:
         for seq in self.scheduler.fail_waiting(digest):
@@ -224,4 +236,7 @@ class Engine(StepLoop):
             rows_waiting=self.scheduler.rows_waiting,
             kv_tokens_used=self.scheduler.kv_tokens_used,
             kv_tokens_total=self.scheduler.kv_tokens,
+            preemptions=self.scheduler.preemptions,
+            prefix_cache_queries=self.scheduler.cache.queried,
+            prefix_cache_hits=self.scheduler.cache.hit,
         )

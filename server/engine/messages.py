@@ -13,31 +13,37 @@ import msgspec
 from server.types import (
     BackboneInfo,
     DeltaRef,
+    EncoderInput,
     EngineStats,
     ProbeResult,
     SamplingParams,
     TokenEvent,
     Vector,
+    Want,
 )
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
-    """A row to run. ``id`` is the client's, unique while it lives."""
+    """A row to run. ``id`` is the client's, unique while it lives.
+
+    ``source`` is what an encoder-decoder's encoder reads; ``prompt`` then is how its decoder begins.
+    """
 
     id: int
     tenant: str
     prompt: list[int]
     delta: DeltaRef | None
     sampling: SamplingParams
+    source: list[int] = []
 
 
 class Encode(msgspec.Struct, tag="encode", frozen=True):
-    """Rows for an encoder, by id, as token ids: to be embedded, or put through the delta's ``head``."""
+    """Rows for an encoder, by id, and what they shall become."""
 
     tenant: str
-    rows: list[tuple[int, list[int]]]
+    rows: list[tuple[int, EncoderInput]]
     delta: DeltaRef | None
-    head: bool
+    want: Want
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):

@@ -36,6 +36,13 @@ class Embedder:
     normalise: bool = False
     longest: int | None = None
 
+    def but(self, mode: str | None, normalise: bool | None) -> Embedder:
+        """This one with another pooling (one of ``MODES``) or normalisation; None leaves what it has."""
+        if mode is None and normalise is None:
+            return self
+        modes = self.modes if mode is None else (mode,)
+        return Embedder(modes, self.normalise if normalise is None else normalise, self.longest)
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[tokens, width]`` of one row, prompt tokens included -> float32 ``[width * modes]``."""
         states = hidden.float()

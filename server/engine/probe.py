@@ -118,7 +118,7 @@ class AnyProbe(ABC, Generic[RunnerT]):
             log.exception("probe failed")
             return ProbeResult("failed", f"the forward pass fails with it: {type(error).__name__}: {error}")
         finally:
-            self.runner.hooks.plan = None
+            self.runner.hooks.plan = self.runner.hooks.decoder_plan = None
 
     def _judge(self, delta: PackedDelta) -> ProbeResult:
         length, capacity = self._virtual(delta), self._capacity

@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from deltas.attach import attach
 from deltas.bank import PackedDelta
-from deltas.batch import Plan, Segment
+from deltas.batch import Segment
 from deltas.errors import InvalidDelta
 from deltas.groups import SiteGroup, site_groups
 from deltas.ops import Mode, Ops
 from server.engine.backbone import Backbone
+from server.engine.composition import Compositions
 from server.engine.kv import Attention, SlotKV
+from server.engine.lean import LeanDecoder
 from server.engine.scheduler import PlannedRow
+from server.engine.sequence import Sequence
 
-HEAD = "head"
 LONGEST_PROMPT = 1024  # tokens of a soft prompt; published ones have 5 to 200
 
 
@@ -40,6 +43,27 @@ class StepOutput:
     rows: list[RowOutput]
 
 
+class StepRunner(Protocol):
+    """What the step loop needs of who runs its plans."""
+
+    @property
+    def backbone(self) -> Backbone: ...
+
+    def run(self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None]) -> StepOutput: ...
+
+    def before(self, delta: PackedDelta) -> int: ...
+
+    def begin(self, seq: Sequence, delta: PackedDelta | None) -> None: ...
+
+    def end(self, slot: int) -> None: ...
+
+    def empty(self, slot: int) -> None: ...
+
+    def finish(self, delta: PackedDelta) -> PackedDelta: ...
+
+    def forget(self, delta: PackedDelta) -> None: ...
+
+
 @dataclass
 class Spent:
     """Seconds, summed over steps: Python that prepares, the backbone's forward with its deltas, the head."""
@@ -48,15 +72,6 @@ class Spent:
     forward: float = 0.0
     head: float = 0.0
     steps: int = 0
-
-
-@dataclass(frozen=True)
-class _Composition:
-    """What holds as long as the same rows take the same number of tokens: the deltas' plans."""
-
-    key: tuple[object, ...]
-    body: Plan | None
-    head: Plan | None
 
 
 @dataclass(eq=False)
@@ -69,13 +84,35 @@ class Runner:
     mode: Mode | None = None
     prepack: bool = True
     spent: Spent = field(default_factory=Spent)
-    _kept: _Composition | None = None
 
     def __post_init__(self) -> None:
         self.groups: list[SiteGroup] = site_groups(self.backbone.spec)
         self.ops = Ops(len(self.groups), self.backbone.device, self.backbone.dtype, self.mode)
         self.hooks = attach(self.backbone.model, self.backbone.spec, self.ops, prepack=self.prepack)
-        self._head_group = next((g.index for g in self.groups if g.sites[0].name == HEAD), None)
+        self.lean_body = LeanDecoder.of(self.backbone, self.ops.kernels)
+        self._compositions = Compositions(self.ops, self.groups)
+
+    def before(self, delta: PackedDelta) -> int:
+        """Tokens' worth of keys and values that the delta puts before a row's own."""
+        return delta.prefix_length
+
+    def begin(self, seq: Sequence, delta: PackedDelta | None) -> None:
+        """A row has been given its slot: what it shares with another, or what its delta puts before it, goes there."""
+        slot = slot_of(seq)
+        if seq.copied_from == slot:
+            return
+        self.kv.empty(slot)
+        if seq.copied_from is not None:
+            self.kv.copy(seq.copied_from, slot, seq.prefix + seq.computed)
+        elif delta is not None and delta.prefix is not None:
+            self.kv.put_prefix(slot, delta.prefix)
+
+    def end(self, slot: int) -> None:
+        """A row has left its slot: its keys and values stay there for others."""
+
+    def empty(self, slot: int) -> None:
+        """Nobody will use what is in a slot."""
+        self.kv.empty(slot)
 
     @torch.inference_mode()
     def run(self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None]) -> StepOutput:
@@ -101,14 +138,14 @@ class Runner:
                 tokens = seq.prompt + seq.output
                 ids.extend(tokens[row.start : row.start + row.count])
                 positions.extend(range(first, first + row.count))
-            wanted = 1 if row.samples else 0
-            if seq.sampling.prompt_logprobs is not None and row.start < len(seq.prompt):
-                wanted = row.count
+            wanted = lines_of(row)
             outputs.append(RowOutput(len(lines), wanted))
             lines.extend(range(len(ids) - wanted, len(ids)))
-        slots = [_slot(row) for row in rows]
+        slots = [slot_of(row.seq) for row in rows]
         attention = Attention(self.kv, self.ops.kernels, slots, starts, [row.count for row in rows])
-        composition = self._compose(rows, deltas, outputs)
+        composition = self._compositions.of(
+            deltas, [(row.count, out.count) for row, out in zip(rows, outputs, strict=True)]
+        )
         id_tensor = torch.tensor([ids], device=device)
         position_tensor = torch.tensor([positions], device=device)
         prepared = time.perf_counter()
@@ -127,7 +164,7 @@ class Runner:
         return StepOutput(logits, outputs)
 
     @torch.inference_mode()
-    def prompt_prefix(self, delta: PackedDelta) -> PackedDelta:
+    def finish(self, delta: PackedDelta) -> PackedDelta:
         """Computes a soft prompt's keys and values, with the delta's other patches on: once per digest.
 
         Raises :class:`InvalidDelta` for a prompt that is too long: it is one forward, and every row waits for it.
@@ -152,40 +189,37 @@ class Runner:
     def forget(self, delta: PackedDelta) -> None:
         """A delta left the device: nothing kept here may name it any more."""
         self.ops.forget(delta)
-        self._kept = None
+        self._compositions.forget()
 
     def forward(self, attention: Attention, positions: Tensor, **inputs: Tensor) -> Tensor:
         """The backbone's layers over packed tokens, with ``hooks.plan`` applied: ``[1, tokens, hidden]``.
 
         ``positions`` ``[1, tokens]``; ``inputs`` are ``input_ids`` or ``inputs_embeds``.
         """
+        if self.lean_body is not None:
+            return self.lean_body(attention, positions, **inputs)
         out = self.backbone.model.base_model(
             **inputs, position_ids=positions, use_cache=False, deltaserve_attention=attention
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
 
-    def _compose(
-        self, rows: Rows[PlannedRow], deltas: Rows[PackedDelta | None], outputs: list[RowOutput]
-    ) -> _Composition:
-        shape = tuple((row.count, out.count) for row, out in zip(rows, outputs, strict=True))
-        key = (tuple(id(delta) for delta in deltas), shape)
-        if self._kept is not None and self._kept.key == key:
-            return self._kept
-        body: list[Segment] = []
-        head: list[Segment] = []
-        at = 0
-        for row, delta, out in zip(rows, deltas, outputs, strict=True):
-            body.append(Segment(at, row.count, delta))
-            at += row.count
-            if delta is not None and self._head_group in delta.patches:
-                head.append(Segment(out.first, out.count, delta))
-        lines = sum(out.count for out in outputs)
-        self._kept = _Composition(key, self.ops.plan(body, at), self.ops.plan(head, lines))
-        return self._kept
+
+def lines_of(row: PlannedRow) -> int:
+    """How many of a planned row's tokens, the last ones, logits are wanted for."""
+    return max(1 if row.samples else 0, row.count - unscored(row))
 
 
-def _slot(row: PlannedRow) -> int:
-    if row.seq.slot is None:
-        raise RuntimeError(f"row {row.seq.id} was planned without a KV slot")
-    return row.seq.slot
+def unscored(row: PlannedRow) -> int:
+    """How many of the row's tokens, from its first on, predict no prompt token whose log-probability is wanted."""
+    seq, sampling = row.seq, row.seq.sampling
+    if sampling.prompt_logprobs is None or row.start >= len(seq.prompt):
+        return row.count
+    return min(row.count, max(0, sampling.prompt_logprobs_from - 1 - row.start))
+
+
+def slot_of(seq: Sequence) -> int:
+    """The slot of a row that runs."""
+    if seq.slot is None:
+        raise RuntimeError(f"row {seq.id} was planned without a KV slot")
+    return seq.slot

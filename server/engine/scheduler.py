@@ -4,22 +4,28 @@
     out = runner.run(plan)
     ... seq.advance(...) for each row, scheduler.finish(seq) for those that ended
 
-A row is admitted with everything it can ever need reserved (prefix + prompt + output limit), so a running row
-never fails for lack of KV.
+A row is admitted when its prompt has room, and some more for what running rows will generate. When they have generated
+more than there is room for, the newest of them goes back to waiting and computes its tokens again later: no row ever
+fails for lack of KV.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from server.engine.chunks import chunks
 from server.engine.sequence import Sequence
+from server.engine.sharing import key_of, share, waits
+from server.engine.slots import Held, SlotPool
 from server.engine.waiting import FairQueue
 from server.errors import ContextTooLong, InvalidRequest, Unavailable
 
 Ready = Callable[[Sequence], int | None]
+
+GROWTH = 32  # tokens: what a row is expected to generate before room must be found for more
 
 
 class IntegrityError(RuntimeError):
@@ -40,16 +46,18 @@ class PlannedRow:
 class Plan:
     """One step.
 
-    ``rows`` are decode rows (count 1), then prefill chunks; within each of the two, rows of one delta are
-    adjacent, base rows first, otherwise in order of admission. ``admitted`` got a slot in this call and
-    ``rejected`` turned out not to fit behind their delta's prefix: they are gone from the scheduler and must
-    be answered with an error.
+    ``rows`` are decode rows (count 1), then prefill chunks; within each of the two, rows of one delta are adjacent, base
+    rows first, otherwise in order of admission. ``preempted`` rows lost their slot in this call, and wait again; then
+    ``admitted`` got one. ``rejected`` turned out not to fit behind their delta's prefix: they are gone from the scheduler
+    and must be answered with an error. The memory of ``emptied`` slots may be given back once the admitted have begun.
     """
 
     rows: list[PlannedRow]
     decode_rows: int
     admitted: list[Sequence] = field(default_factory=list)
     rejected: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    emptied: list[int] = field(default_factory=list)
 
     @property
     def composition(self) -> tuple[tuple[int, int], ...]:
@@ -62,12 +70,23 @@ class Plan:
         return sum(row.count for row in self.rows)
 
 
+@dataclass(slots=True)
+class CacheCounts:
+    """Prompt tokens of admitted rows, and how many of them were not computed again."""
+
+    queried: int = 0
+    hit: int = 0
+
+
 class Scheduler:
     """Owns the waiting rows, the running rows, the KV slots and the KV token budget. Not thread-safe.
 
-    ``max_rows`` slots of ``slot_tokens`` tokens each; all reservations together stay within ``kv_tokens``; at
-    most ``prefill_tokens`` prompt tokens a step; at most ``max_waiting`` rows wait. ``weights`` are tenants'
-    shares (1.0 where absent).
+    ``max_rows`` slots of ``slot_tokens`` tokens each, and of ``source_tokens`` of an encoder's (0: there is none); what
+    running rows hold together stays within ``kv_tokens``; at most ``prefill_tokens`` prompt tokens a step; at most
+    ``max_waiting`` rows wait. ``weights`` are tenants' shares (1.0 where absent).
+
+    A source is read whole in the step in which its row begins, and counts as prompt tokens; one that is longer than a
+    step's budget is read by itself.
     """
 
     def __init__(
@@ -78,26 +97,30 @@ class Scheduler:
         kv_tokens: int,
         prefill_tokens: int,
         max_waiting: int,
+        source_tokens: int = 0,
         weights: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if min(max_rows, slot_tokens, prefill_tokens, max_waiting) < 1:
             raise ValueError("every size of the scheduler must be at least 1")
-        if kv_tokens < slot_tokens:
-            raise ValueError(f"a KV budget of {kv_tokens} tokens cannot hold one slot of {slot_tokens}")
+        if kv_tokens < slot_tokens + source_tokens:
+            raise ValueError(
+                f"a KV budget of {kv_tokens} tokens cannot hold one slot of {slot_tokens} and a source of "
+                f"{source_tokens}"
+            )
         self.max_rows = max_rows
         self.slot_tokens = slot_tokens
         self.kv_tokens = kv_tokens
         self.prefill_tokens = prefill_tokens
         self.max_waiting = max_waiting
+        self.source_tokens = source_tokens
         self._clock = clock
         self._known: dict[int, Sequence] = {}
         self._queue: FairQueue[Sequence] = FairQueue(weights)
         self._running: dict[int, Sequence] = {}  # in order of admission
-        self._free = list(
-            range(max_rows - 1, -1, -1)
-        )  # the slot freed last is used first: its memory is warm
-        self._kv_used = 0
+        self._pool = SlotPool(max_rows)
+        self.cache = CacheCounts()
+        self.preemptions = 0
 
     @property
     def rows_running(self) -> int:
@@ -109,8 +132,8 @@ class Scheduler:
 
     @property
     def kv_tokens_used(self) -> int:
-        """KV tokens reserved by running rows."""
-        return self._kv_used
+        """KV tokens that running rows hold, or will once their prompts are computed."""
+        return sum(seq.held for seq in self._running.values())
 
     def waiting(self) -> Iterator[Sequence]:
         """The waiting rows, for prefetching their deltas. Do not add or remove rows while iterating."""
@@ -134,6 +157,13 @@ class Scheduler:
                 "at least one of them for the answer",
                 param="prompt",
             )
+        if self.source_tokens and not seq.source:
+            raise InvalidRequest("the prompt is empty: the encoder has nothing to read", param="prompt")
+        if len(seq.source) > self.source_tokens:
+            raise ContextTooLong(
+                f"the source has {len(seq.source)} tokens; the encoder reads at most {self.source_tokens}",
+                param="prompt",
+            )
         if self.rows_waiting >= self.max_waiting:
             raise Unavailable(f"{self.max_waiting} requests are waiting already; try again later")
         self._known[seq.id] = seq
@@ -146,11 +176,11 @@ class Scheduler:
             self._forget(seq)
         return seq
 
-    def finish(self, seq: Sequence) -> None:
-        """A row has ended, well or badly: its slot and its reservation are free again."""
+    def finish(self, seq: Sequence, *, sound: bool = True) -> None:
+        """A row has ended: its slot and its reservation are free again. Nobody uses what an un``sound`` one computed."""
         if self._known.get(seq.id) is not seq:
             raise ValueError(f"row {seq.id} is not in the scheduler")
-        self._forget(seq)
+        self._forget(seq, sound=sound)
 
     def fail_waiting(self, digest: str) -> list[Sequence]:
         """Take out the waiting rows of a delta that cannot be loaded; the caller answers them."""
@@ -167,9 +197,11 @@ class Scheduler:
         ``admitted`` must have its delta held before the next load or eviction.
         """
         plan = Plan([], 0)
+        self._preempt(plan)
         self._admit(ready, plan)
         decode = sorted((seq for seq in self._running.values() if seq.decoding), key=_digest)
-        counts = self._chunks([seq for seq in self._running.values() if not seq.decoding and seq.uncomputed])
+        filling = [seq for seq in self._running.values() if not seq.decoding and seq.uncomputed]
+        counts = chunks(filling, self.prefill_tokens, self._queue.served)
         prefill = sorted((seq for seq in self._running.values() if counts.get(seq.id)), key=_digest)
         for seq in decode:
             plan.rows.append(PlannedRow(seq, seq.computed, 1, samples=seq.remaining > 0))
@@ -179,7 +211,7 @@ class Scheduler:
             plan.rows.append(PlannedRow(seq, seq.computed, count, samples))
         plan.decode_rows = len(decode)
         for row in plan.rows:
-            self._queue.charge(row.seq.tenant, row.count)
+            self._queue.charge(row.seq.tenant, row.seq.charge(row.count))
         return plan
 
     def check_integrity(self) -> None:
@@ -193,17 +225,17 @@ class Scheduler:
 
         A row whose delta is loading is skipped and keeps its place. A ready row that does not fit stops
         admission: letting smaller rows pass it for ever would starve it, and running rows end by themselves.
-        (Preemption belongs here later: ``_release`` a running row, set its ``computed`` to 0, and put it
-        back at the front of its tenant's line.)
         """
-        if not self._free or not self.rows_waiting:
+        if not len(self._pool) or not self.rows_waiting:
             return
         loading: set[str] = set()  # ask once a call about each delta
+        wanted = sum(_expected(seq) for seq in self._running.values())
 
         def take(seq: Sequence) -> bool | None:
-            if not self._free:
+            nonlocal wanted
+            if not len(self._pool):
                 return None
-            if seq.digest in loading:
+            if seq.digest in loading or waits(seq):
                 return False
             prefix = ready(seq)
             if prefix is None:
@@ -213,15 +245,22 @@ class Scheduler:
             if room < 1:
                 plan.rejected.append(seq)
                 return False
-            limit = min(seq.sampling.max_tokens, room)
-            reserved = prefix + len(seq.prompt) + limit
-            if self._kv_used + reserved > self.kv_tokens:
+            seq.prefix, seq.limit = prefix, min(seq.sampling.max_tokens, room)
+            if wanted + _expected(seq) > self.kv_tokens:
                 return None
-            seq.prefix, seq.limit, seq.slot = prefix, limit, self._free.pop()
-            self._kv_used += reserved
+            shared = share(seq, self._running.values(), self._pool)
+            seq.behind = shared.behind
+            if seq.behind is not None:
+                return False
+            wanted += _expected(seq)
+            seq.slot = self._pool.take(shared.slot, shared.count)
+            seq.copied_from, seq.computed = shared.slot, shared.count
             self._running[seq.id] = seq
             if seq.started is None:
                 seq.started = self._clock()
+                seq.cached = seq.charged = shared.count
+                self.cache.queried += len(seq.prompt)
+                self.cache.hit += seq.cached
             plan.admitted.append(seq)
             return True
 
@@ -231,52 +270,49 @@ class Scheduler:
         self._queue.offer(take, backlog)
         for seq in plan.rejected:
             self._forget(seq)
+        self._pool.shrink(self.kv_tokens - self.kv_tokens_used)
+        plan.emptied = self._pool.empty()
 
-    def _chunks(self, rows: list[Sequence]) -> dict[int, int]:
-        """How many tokens of each prefilling row to compute, by row id.
+    def _preempt(self, plan: Plan) -> None:
+        """Takes rows out, the newest of whoever has been served most first, until the others have room for a step."""
+        over = self.kv_tokens_used - self.kv_tokens
+        while over > 0:
+            newest = reversed(list(self._running.values()))
+            seq = max(newest, key=lambda seq: self._queue.served(seq.tenant))
+            over -= seq.held
+            self._release(seq, sound=True)
+            seq.computed, seq.copied_from = 0, None
+            self._queue.put_back(seq)
+            self.preemptions += 1
+            plan.preempted.append(seq)
 
-        Half of the budget goes by fairness (tenant's counter, then order of admission), which alone
-        guarantees that every row gets on; the rest goes to the rows with the least left, so that a short
-        prompt need not wait for a long one.
-        """
-        counts: dict[int, int] = {}
-        fair = sorted(rows, key=lambda seq: self._queue.served(seq.tenant))
-        short = sorted(rows, key=lambda seq: seq.uncomputed)
-        left = _share(fair, (self.prefill_tokens + 1) // 2, counts)
-        _share(short, left + self.prefill_tokens // 2, counts)
-        return counts
-
-    def _forget(self, seq: Sequence) -> None:
+    def _forget(self, seq: Sequence, *, sound: bool = True) -> None:
         del self._known[seq.id]
         if seq.slot is None:
             self._queue.remove(seq)
         else:
-            self._release(seq)
+            self._release(seq, sound=sound)
         self._queue.leave(seq.tenant)
 
-    def _release(self, seq: Sequence) -> None:
-        """Give back a running row's slot and reservation."""
+    def _release(self, seq: Sequence, *, sound: bool) -> None:
+        """Give back a running row's slot; what it computed stays there for others, if it is ``sound``."""
         if seq.slot is None:
             raise IntegrityError(f"row {seq.id} has no slot to give back")
         del self._running[seq.id]
-        self._kv_used -= seq.reserved
-        self._free.append(seq.slot)
+        held = (
+            Held(key_of(seq), seq.tokens(0, seq.computed), seq.prefix) if sound and not seq.source else None
+        )
+        self._pool.put(seq.slot, seq.prefix + seq.computed, held)
         seq.slot = None
 
     def _problems(self) -> Iterator[str]:
         held = [seq.slot for seq in self._running.values()]
-        if sorted(self._free + [slot for slot in held if slot is not None]) != list(range(self.max_rows)):
-            yield f"slots do not add up: free {self._free}, held {held}"
-        if self._kv_used != sum(seq.reserved for seq in self._running.values()):
-            yield f"{self._kv_used} KV tokens counted, not what running rows reserve"
-        if self._kv_used > self.kv_tokens:
-            yield f"{self._kv_used} KV tokens reserved of {self.kv_tokens}"
+        if sorted([*self._pool, *(slot for slot in held if slot is not None)]) != list(range(self.max_rows)):
+            yield f"slots do not add up: free {[*self._pool]}, held {held}"
         for seq in self._running.values():
-            if not (
-                0 <= seq.computed <= seq.length
-                and seq.prefix + seq.length <= seq.reserved <= self.slot_tokens
-            ):
-                yield f"row {seq.id}: computed {seq.computed}, length {seq.length}, reserved {seq.reserved}"
+            tokens = seq.prefix + seq.length
+            if not (0 <= seq.computed <= seq.length and tokens + max(0, seq.remaining) <= self.slot_tokens):
+                yield f"row {seq.id}: computed {seq.computed}, length {seq.length}, remaining {seq.remaining}"
         waiting = list(self._queue)
         if any(seq.slot is not None for seq in waiting):
             yield "a waiting row holds a slot"
@@ -289,14 +325,6 @@ def _digest(seq: Sequence) -> str:
     return seq.digest
 
 
-def _share(rows: Iterable[Sequence], budget: int, counts: dict[int, int]) -> int:
-    """Hand ``budget`` tokens to rows in order, adding to ``counts``; returns what nobody needed."""
-    for seq in rows:
-        if budget <= 0:
-            break
-        given = counts.get(seq.id, 0)
-        count = min(budget, seq.uncomputed - given)
-        if count:
-            counts[seq.id] = given + count
-            budget -= count
-    return budget
+def _expected(seq: Sequence) -> int:
+    """KV tokens to have ready for a row: what it holds, and what it is likely to generate before others end."""
+    return seq.held + min(max(0, seq.remaining), GROWTH)

@@ -13,7 +13,7 @@ class Sequence:
 
     Its tokens are ``prompt + output``. The newest output token has been sampled but has no keys and values
     yet: computing it is what the next step does. A row that lost its KV (``computed`` back at 0) simply
-    computes prompt and output again, so preemption needs no other state.
+    computes prompt and output again.
     """
 
     id: int
@@ -21,12 +21,17 @@ class Sequence:
     prompt: list[int]
     sampling: SamplingParams
     delta: DeltaRef | None = None
+    source: list[int] = field(default_factory=list)  # what an encoder-decoder's encoder reads; else empty
     output: list[int] = field(default_factory=list)
     prefix: int = (
         0  # tokens of KV that the delta's prompt or prefix puts before the row's own; known at admission
     )
     slot: int | None = None  # the row's place in the KV cache, while it runs
     computed: int = 0  # how many of prompt + output have keys and values
+    copied_from: int | None = None  # the slot that had the first of them at admission (maybe its own), if any
+    cached: int = 0  # how many those were
+    charged: int = 0  # tokens that its tenant has been charged for, or need not be
+    behind: Sequence | None = None  # the running row whose keys and values this one waits to share
     limit: int = field(init=False)  # most output tokens: max_tokens, clipped to the slot at admission
     arrived: float = 0.0  # seconds, monotonic clock
     started: float | None = None  # when it was first admitted
@@ -43,6 +48,11 @@ class Sequence:
     def uncomputed(self) -> int:
         """Tokens that still need keys and values."""
         return self.length - self.computed
+
+    @property
+    def unread(self) -> int:
+        """Tokens of its source that an encoder reads in the step in which the row begins."""
+        return 0 if self.computed else len(self.source)
 
     @property
     def remaining(self) -> int:
@@ -65,9 +75,16 @@ class Sequence:
         return self.delta.digest if self.delta is not None else ""
 
     @property
-    def reserved(self) -> int:
-        """KV tokens set aside while the row runs: all that it can ever need."""
-        return self.prefix + len(self.prompt) + self.limit
+    def held(self) -> int:
+        """KV tokens that the row holds once all its tokens are computed, its delta's prefix and its source among them."""
+        return self.prefix + self.length + len(self.source)
+
+    def charge(self, count: int) -> int:
+        """What its tenant is charged for a step of ``count`` tokens: nothing for tokens that are computed again."""
+        new = max(0, self.computed + count - self.charged)
+        read = 0 if self.charged else self.unread
+        self.charged = max(self.charged, self.computed + count)
+        return new + read
 
     def tokens(self, start: int, count: int) -> list[int]:
         """``count`` tokens of prompt and output from ``start`` on."""

@@ -17,7 +17,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
 from server.engine.detokenizer import Detokenizer, Pieces, detokenizer
+from server.engine.pieces import PieceEncoder
 from server.errors import DeltaserveError, InvalidRequest
+from server.types import EncodedText, TextPiece
 
 
 class Tokenizer:
@@ -43,6 +45,11 @@ class Tokenizer:
         self._fast.no_padding()
         self._chat_lock = threading.Lock()
         self._pieces = Pieces(self._fast)
+        self._texts = PieceEncoder(
+            self._fast,
+            types="token_type_ids" in self._chat.model_input_names,
+            unknown=self._chat.unk_token_id,
+        )
         self.eos_token_ids = sorted(_eos_token_ids(folder, self._chat.eos_token_id))
 
     @property
@@ -84,6 +91,27 @@ class Tokenizer:
         encoding.truncate(limit - around)
         cut: list[int] = self._fast.post_process(encoding).ids
         return cut
+
+    @property
+    def mask_token(self) -> tuple[str, int] | None:
+        """The mask of a masked language model, as it is written, and its id; None where there is none."""
+        if self._chat.mask_token is None:
+            return None
+        return str(self._chat.mask_token), int(self._chat.mask_token_id)
+
+    @property
+    def unknown_id(self) -> int | None:
+        """What stands for text that the tokenizer does not know; None where it knows every text."""
+        return None if self._chat.unk_token_id is None else int(self._chat.unk_token_id)
+
+    def encode_pieces(
+        self, texts: Sequence[Sequence[TextPiece]], limit: int | None = None, add_special_tokens: bool = True
+    ) -> EncodedText:
+        """One text, or two as a pair, in which only their writer's own pieces spell control tokens. Releases the GIL.
+
+        Raises InvalidRequest as :meth:`server.engine.pieces.PieceEncoder.encode` does.
+        """
+        return self._texts.encode(texts, limit, around=add_special_tokens)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``, U+FFFD where their bytes are not UTF-8. Ids of no token are left out."""

@@ -58,6 +58,10 @@ class FairQueue(Generic[Row]):
         self._rows[seq.tenant] += 1
         self._waiting.setdefault(seq.tenant, {})[seq.id] = seq
 
+    def put_back(self, seq: Row) -> None:
+        """Put a row that had started first in its tenant's line."""
+        self._waiting[seq.tenant] = {seq.id: seq} | self._waiting.get(seq.tenant, {})
+
     def remove(self, seq: Row) -> None:
         """Take a waiting row out, because it ends or because it starts; an ended one also needs ``leave``."""
         rows = self._waiting[seq.tenant]

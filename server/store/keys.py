@@ -13,6 +13,8 @@ key (after the prefix)                     type    content
 ``t:TENANT:keys``                          hash    key id -> that HMAC
 ``t:TENANT:names``                         zset    delta name, scored by serial number: oldest first
 ``t:TENANT:name:NAME``                     hash    one delta: see below
+``t:TENANT:tasks``                         hash    task name -> its JSON record
+``t:TENANT:tasks:order``                   zset    task name, scored by serial number: oldest first
 ``t:TENANT:idem``                          zset    idempotency key names, scored by expiry (Unix seconds)
 ``t:TENANT:idem:HASH``                     string  one remembered answer; expires by itself
 =========================================  ======  ================================================
@@ -60,6 +62,14 @@ class Keys:
     def delta(self, tenant: str, name: str) -> str:
         """One delta of the tenant: versions, digests and aliases."""
         return f"{self.prefix}:t:{tenant}:name:{name}"
+
+    def tasks(self, tenant: str) -> str:
+        """The tenant's tasks: name -> record."""
+        return f"{self.prefix}:t:{tenant}:tasks"
+
+    def task_order(self, tenant: str) -> str:
+        """The tenant's task names, oldest first."""
+        return f"{self.prefix}:t:{tenant}:tasks:order"
 
     def idempotency_index(self, tenant: str) -> str:
         """The tenant's remembered answers, by expiry."""

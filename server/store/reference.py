@@ -49,7 +49,7 @@ def is_tenant(text: str) -> bool:
 
 
 def is_name(text: str) -> bool:
-    """Whether the text could be a delta's name."""
+    """Whether the text could be a delta's or a task's name."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -68,6 +68,12 @@ def check_tenant(text: str, param: str = "name") -> str:
 def check_name(text: str, param: str = "name") -> str:
     """The delta's name, or InvalidRequest."""
     rule = "a delta's name has 1 to 128 of A-Z, a-z, 0-9, '_', '.' and '-', and begins with a letter or digit"
+    return _check(_NAME, text, param, rule)
+
+
+def check_task(text: str, param: str = "name") -> str:
+    """The task's name, or InvalidRequest."""
+    rule = "a task's name has 1 to 128 of A-Z, a-z, 0-9, '_', '.' and '-', and begins with a letter or digit"
     return _check(_NAME, text, param, rule)
 
 

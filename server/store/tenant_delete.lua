@@ -9,6 +9,7 @@
 --       7 quarantined  hash: digest -> reason
 --       8 counts       hash
 --       9 answers      zset: names of the tenant's remembered answers
+--       10 tasks, 11 their order
 -- ARGV  1 tenant   2 what its delta hashes' names begin with (the rest is the delta's name; they depend on 5)
 -- Gives the digests that no version of any tenant refers to any more, or nothing when there is no such tenant.
 
@@ -42,5 +43,5 @@ for _, name in ipairs(names) do
   redis.call("DEL", ARGV[2] .. name)
 end
 redis.call("HINCRBY", KEYS[8], "names", -#names)
-redis.call("DEL", KEYS[4], KEYS[5], KEYS[9])
+redis.call("DEL", KEYS[4], KEYS[5], KEYS[9], KEYS[10], KEYS[11])
 return dropped

@@ -51,7 +51,7 @@ class TenantStore:
         self._keys = keys
         self._secret = secret
         self._create = load_script(redis, "tenant_create")
-        self._list = load_script(redis, "tenant_list")
+        self._list = load_script(redis, "records_page")
         self._replace = load_script(redis, "tenant_replace")
         self._delete = load_script(redis, "tenant_delete")
         self._create_key = load_script(redis, "key_create")
@@ -87,7 +87,7 @@ class TenantStore:
         raise Unavailable(f"tenant {shown(name)} is being changed by too many at once")
 
     async def delete(self, name: str) -> list[str]:
-        """Delete a tenant with its keys, deltas and remembered answers, all at once.
+        """Delete a tenant with its keys, deltas, tasks and remembered answers, all at once.
 
         Gives the digests that no version of any tenant refers to any more. Raises NotFound, and Conflict for
         ``default``.
@@ -108,6 +108,8 @@ class TenantStore:
                     keys.quarantined,
                     keys.counts,
                     keys.idempotency_index(name),
+                    keys.tasks(name),
+                    keys.task_order(name),
                 ],
                 args=[name, keys.delta(name, "")],
             )

@@ -14,12 +14,16 @@ from server.errors import DeltaserveError
 from server.types import (
     BackboneInfo,
     DeltaRef,
+    EncodedText,
+    EncoderInput,
     EngineStats,
     ProbeResult,
     SamplingParams,
+    TextPiece,
     TokenEvent,
     TokenLogprob,
     Vector,
+    Want,
 )
 
 EOS = 256
@@ -68,6 +72,15 @@ class ByteTokenizer:
 
     def encode_within(self, text: str, limit: int) -> list[int]:
         return self.encode(text)[:limit]
+
+    mask_token: tuple[str, int] | None = None
+    unknown_id: int | None = None
+
+    def encode_pieces(
+        self, texts: Sequence[Sequence[TextPiece]], limit: int | None = None, add_special_tokens: bool = True
+    ) -> EncodedText:
+        ids = self.encode("".join(piece.text for text in texts for piece in text))[:limit]
+        return EncodedText(ids, None, [(n, n, n + 1) for n in range(len(ids))])
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         ids = token_ids
@@ -148,9 +161,20 @@ class FakeEngine:
         return INFO
 
     async def encode(
-        self, *, rows: Sequence[list[int]], delta: DeltaRef | None, head: bool, tenant: str
-    ) -> list[Vector]:
-        return [Vector(array("f", [float(len(row)), 1.0]).tobytes()) for row in rows]
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+    ) -> list[Vector | DeltaserveError]:
+        return [Vector(array("f", [float(len(row.ids)), 1.0]).tobytes()) for row in rows]
+
+    async def score(
+        self,
+        *,
+        prompt: list[int],
+        choices: Sequence[list[int]],
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
+    ) -> list[list[float]]:
+        return [[-token / 256 for token in choice] for choice in choices]
 
     async def load(self, delta: DeltaRef) -> ProbeResult:
         if self.load_failure is not None:
@@ -161,7 +185,13 @@ class FakeEngine:
         self.dropped.append(digest)
 
     async def generate(
-        self, *, prompt: list[int], sampling: SamplingParams, delta: DeltaRef | None, tenant: str
+        self,
+        *,
+        prompt: list[int],
+        sampling: SamplingParams,
+        delta: DeltaRef | None,
+        tenant: str,
+        source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]:
         self.calls.append(Call(prompt, sampling, delta, tenant))
         self.running += 1

@@ -32,6 +32,7 @@ from server.store.deltas import DeltaStore
 from server.store.idempotency import IdempotencyStore
 from server.store.keys import Keys
 from server.store.registry import Registry
+from server.store.tasks import TaskStore
 from server.store.tenants import TenantStore
 from server.store.valkey import EmbeddedValkey
 from server.tenants.auth import Authenticator
@@ -106,6 +107,7 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
                 settings=config,
                 deltas=deltas,
                 tenants=tenants,
+                tasks=TaskStore(redis, keys),
                 authenticator=Authenticator(tenants, ADMIN),
                 idempotency=IdempotencyStore(redis, keys),
                 engine=engine,

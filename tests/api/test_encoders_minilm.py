@@ -24,7 +24,7 @@ from openai import OpenAI
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
 
-from deltas.backbones.headless import without_absent_head
+from deltas.backbones.stored import without_absent_head
 from deltas.delta import Component, Delta
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine.backbone import locate

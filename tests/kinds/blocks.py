@@ -121,8 +121,9 @@ def fusion(draw: Draw) -> Made:
 
 
 def invertible(draw: Draw) -> Made:
-    names = {"llama": "embed", "gpt2": "embed", "t5": "encoder.embed"}
-    site = draw.spec.sites[names.get(draw.spec.family, "embed.norm")]
+    places = ("encoder.embed", "embed.norm", "embed")  # an encoder's embeddings end with their norm
+    place = "encoder.embed.norm" if draw.spec.family == "bart" else None
+    site = draw.spec.sites[place or next(name for name in places if name in draw.spec.sites)]
     first = site.out_features // 2
     second = site.out_features - first
     tensors: Tensors = {}
@@ -138,7 +139,7 @@ def invertible(draw: Draw) -> Made:
 
 
 def prompt(draw: Draw) -> Made:
-    after = draw.spec.kind == "encoder" and draw.flip()
+    after = draw.spec.kind == "encoder" and "embed.positions" in draw.spec.sites and draw.flip()
     embeddings = draw.normal(draw.size(1, 6), draw.spec.hidden, std=0.5)
     return {"embeddings": embeddings}, {"after_norm": True} if after else {}
 

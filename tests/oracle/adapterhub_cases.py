@@ -37,10 +37,10 @@ from adapters.configuration.adapter_fusion_config import (  # type: ignore[impor
     DynamicAdapterFusionConfig,
 )
 
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "t5")
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "distilbert", "bart", "t5")
 GATED = (*FAMILIES, "t5_gated")
 CAUSAL = ("llama", "gpt2")
-ENCODERS = ("bert", "roberta")
+ENCODERS = ("bert", "roberta", "distilbert")
 HEADED = (*CAUSAL, *ENCODERS)
 TWO = ("llama", "bert")  # pre-norm and post-norm: enough for a variant that does not touch the keys
 THREE = (*TWO, "t5")
@@ -110,7 +110,7 @@ CASES = (
     Case("adapter_plus", AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0), TWO),
     Case("no_ln_after", SeqBnConfig(reduction_factor=8, original_ln_after=False), TWO),
     Case("gated_bn", SeqBnConfig(reduction_factor=8, use_gating=True)),
-    Case("cross_bn", DoubleSeqBnConfig(reduction_factor=8, cross_adapter=True), ("t5",)),
+    Case("cross_bn", DoubleSeqBnConfig(reduction_factor=8, cross_adapter=True), ("bart", "t5")),
     # Non-linearities. Without a version, "gelu" means gelu_new and "gelu_orig" gelu.
     Case("gelu", SeqBnConfig(reduction_factor=8, non_linearity="gelu"), TWO),
     Case(
@@ -175,7 +175,7 @@ CASES = (
     Case("prefix", PREFIX),
     Case("prefix_flat", _prefix(flat=True)),
     Case("prefix_leave_out", _prefix(flat=True, leave_out=[0]), THREE),
-    Case("prefix_self_only", _prefix(flat=True, cross_prefix=False, encoder_prefix=False), ("t5",)),
+    Case("prefix_self_only", _prefix(flat=True, cross_prefix=False, encoder_prefix=False), ("bart", "t5")),
     Case("prefix_gated", _prefix(use_gating=True)),
     Case("prefix_gates", _prefix(flat=True, use_gating=True, shared_gating=False), TWO),
     Case("prompt", PromptTuningConfig(prompt_length=3)),
@@ -224,7 +224,7 @@ CASES = (
     Case(
         "static_sequence",
         SMALL,
-        (*CAUSAL, "roberta"),
+        (*CAUSAL, "roberta", "distilbert"),
         head={"kind": "static", "task": "SequenceClassification"},
     ),
     Case("static_token", SMALL, HEADED, head={"kind": "static", "task": "TokenClassification"}),

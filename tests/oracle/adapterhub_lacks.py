@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 _GLOW = "the library fails: its coupling block slices the sequence where it means the features"
 _PROMPT = "the library has no prompt tuning for this family"
+_MASKLESS = "the library fails: it puts a prompt before dimensions that DistilBERT's attention mask has not"
 _POST_ADD = "the library fails: without a norm after the sum it never sets the residual"
 _FUSED = "the library fails: its fused q, k, v layer knows neither DoRA nor VeRA nor MTL-LoRA"
 _LOST = (
@@ -19,8 +20,9 @@ LACKS: Mapping[tuple[str, str], str] = {
     **{
         (case, family): _PROMPT
         for case in ("prompt", "prompt_after_bos")
-        for family in ("llama", "gpt2", "t5")
+        for family in ("llama", "gpt2", "bart", "t5")
     },
+    **{(case, "distilbert"): _MASKLESS for case in ("prompt", "prompt_after_bos")},
     ("residual_post_add", "llama"): _POST_ADD,
     **{(case, "gpt2"): _FUSED for case in ("mtl_lora", "dora", "vera")},
     ("dora_mlp", "gpt2"): _LATE,

@@ -59,10 +59,14 @@ CLASSES: dict[str, Any] = {
     "gpt2": transformers.GPT2LMHeadModel,
     "bert": transformers.BertForMaskedLM,
     "roberta": transformers.RobertaForMaskedLM,
+    "distilbert": transformers.DistilBertForMaskedLM,
+    "bart": transformers.BartForConditionalGeneration,
     "t5": transformers.T5ForConditionalGeneration,
     "t5_gated": transformers.T5ForConditionalGeneration,
 }
-NAMES = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert", "roberta": "Roberta"}
+NAMES = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
+SEQUENCES = (transformers.BartForConditionalGeneration, transformers.T5ForConditionalGeneration)
+MASKED = ("bert", "roberta", "distilbert")
 Inputs = dict[str, Tensor]
 
 
@@ -114,7 +118,7 @@ def redraw(model: nn.Module, names: tuple[str, ...], seed: int) -> list[str]:
 def outputs(model: Any, rows: list[Inputs]) -> list[Tensor]:
     results = []
     for row in rows:
-        extra = {} if model.config.model_type in ("bert", "roberta") else {"use_cache": False}
+        extra = {} if model.config.model_type in MASKED else {"use_cache": False}
         result: Tensor = model(**{key: ids[None] for key, ids in row.items()}, **extra).logits[0]
         results.append(result.float().contiguous())
     return results
@@ -225,7 +229,7 @@ def make_family(family: str) -> None:
     rows: list[Inputs] = []
     for length, target in LENGTHS:
         row = {"input_ids": torch.randint(3, 61, (length,), generator=generator)}
-        if family.startswith("t5"):
+        if CLASSES[family] in SEQUENCES:
             start = torch.zeros(1, dtype=torch.int64)
             row["decoder_input_ids"] = torch.cat(
                 [start, torch.randint(3, 61, (target - 1,), generator=generator)]

@@ -13,12 +13,18 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -75,16 +81,76 @@ def _models() -> Mapping[str, PreTrainedModel]:
     }
 
 
+def _more_encoders() -> Mapping[str, PreTrainedModel]:
+    return {
+        "distilbert": DistilBertForMaskedLM(
+            DistilBertConfig(
+                vocab_size=VOCAB,
+                dim=HIDDEN,
+                hidden_dim=INNER,
+                n_layers=LAYERS,
+                n_heads=HEADS,
+                max_position_embeddings=POSITIONS,
+                initializer_range=0.3,
+            )
+        ),
+        # the second and third layer attend to four tokens on either side, the first and the last to all
+        "modernbert": ModernBertForMaskedLM(
+            ModernBertConfig(
+                **_ENCODER | {"num_hidden_layers": 4, "initializer_range": 0.2},
+                local_attention=8,
+                classifier_pooling="mean",
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                cls_token_id=1,
+                sep_token_id=2,
+            )
+        ),
+    }
+
+
+def _bart() -> Mapping[str, PreTrainedModel]:
+    sides = {
+        f"{stack}_{size}": number
+        for stack in ("encoder", "decoder")
+        for size, number in (("layers", LAYERS), ("ffn_dim", INNER), ("attention_heads", HEADS))
+    }
+    config = BartConfig(
+        **sides,
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        max_position_embeddings=POSITIONS,
+        init_std=0.3,
+        scale_embedding=True,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    model = BartForConditionalGeneration(config)
+    model.final_logits_bias.normal_(0, 0.2)
+    return {"bart": model}
+
+
 def main() -> None:
     torch.manual_seed(11)
-    for name, model in _models().items():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() == 1:  # norms and biases: not the ones and zeros that would hide a mistake
-                offset = 1.0 if "norm" in parameter_name.lower() or ".ln_" in parameter_name else 0.0
-                parameter.data.normal_(0, 0.2)
-                if parameter_name.endswith("weight"):
-                    parameter.data.add_(offset)
-        model.save_pretrained(FOLDER / name)
+    for models in (
+        _models,
+        _more_encoders,
+        _bart,
+    ):  # one after the other: those that came first stay as they were
+        for name, model in models().items():
+            _draw_vectors(model)
+            model.save_pretrained(FOLDER / name)
+
+
+def _draw_vectors(model: PreTrainedModel) -> None:
+    """Norms and biases: not the ones and zeros that would hide a mistake."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            offset = 1.0 if "norm" in name.lower() or ".ln_" in name else 0.0
+            parameter.data.normal_(0, 0.2)
+            if name.endswith("weight"):
+                parameter.data.add_(offset)
 
 
 if __name__ == "__main__":

@@ -46,14 +46,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 if __package__:
-    from tests.oracle.opendelta_cases import CASES, FAMILIES, Case, Lack
+    from tests.oracle.opendelta_cases import CASES, FAMILIES, Case
+    from tests.oracle.opendelta_lacks import Lack
 else:  # run by path
     from opendelta_cases import (  # type: ignore[import-not-found,no-redef,unused-ignore]
         CASES,
         FAMILIES,
         Case,
-        Lack,
     )
+    from opendelta_lacks import Lack  # type: ignore[import-not-found,no-redef,unused-ignore]
 
 HERE = Path(__file__).parent
 BACKBONES = HERE / "fixtures" / "backbones"
@@ -65,6 +66,8 @@ CLASSES: dict[str, Any] = {
     "gpt2": transformers.GPT2LMHeadModel,
     "bert": transformers.BertForMaskedLM,
     "roberta": transformers.RobertaForMaskedLM,
+    "distilbert": transformers.DistilBertForMaskedLM,
+    "bart": transformers.BartForConditionalGeneration,
     "t5": transformers.T5ForConditionalGeneration,
     "t5_gated": transformers.T5ForConditionalGeneration,
 }
@@ -176,7 +179,7 @@ def lack(opendelta: Any, family: str, case: Case, why: Lack, rows: list[Inputs])
     with tempfile.TemporaryDirectory() as folder:
         try:
             make_case(opendelta, family, tried, Path(folder), rows)
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError) as error:
+        except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
             first = str(error).partition(". ")[0].partition(" ['")[0].strip("\"'")
             return f"{why.reason} ({type(error).__name__}: {first})"
     raise RuntimeError(f"{family}/{case.name}: the library can do it after all")
@@ -191,7 +194,7 @@ def make_family(opendelta: Any, family: str) -> tuple[dict[str, Any], dict[str, 
     rows: list[Inputs] = []
     for length, decoder in LENGTHS:
         row = {"ids": torch.randint(3, vocab, (length,), generator=generator)}
-        if family.startswith("t5"):
+        if model.config.is_encoder_decoder:
             row["decoder_ids"] = torch.randint(3, vocab, (decoder,), generator=generator)
             row["decoder_ids"][0] = model.config.decoder_start_token_id
         rows.append(row)

@@ -23,7 +23,18 @@ from tests.oracle.table import FAMILIES, LIBRARIES, Cell, State, peft_methods, p
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 TEMPLATE = Path(__file__).with_name("methods_page.template.md")
-NAMES = {"llama": "Llama", "gpt2": "GPT-2", "bert": "BERT", "roberta": "RoBERTa", "t5": "T5"}
+NOTHING = "nothing can be changed"
+NAMES = {
+    "llama": "Llama",
+    "gpt2": "GPT-2",
+    "bert": "BERT",
+    "roberta": "RoBERTa",
+    "distilbert": "DistilBERT",
+    "modernbert": "ModernBERT",
+    "bart": "BART",
+    "t5": "T5",
+}
+STACKS = ("bart", "t5")
 
 
 def page() -> str:
@@ -167,37 +178,44 @@ def _sites() -> Iterator[str]:
     specs = {
         name: backbones.describe(AutoConfig.from_pretrained(BACKBONES / name), "page") for name in FAMILIES
     }
-    flat = {name: _paths(spec) for name, spec in specs.items() if name != "t5"}
+    flat = {name: _paths(spec) for name, spec in specs.items() if name not in STACKS}
     yield f"| site | kind | {' | '.join(NAMES[name] for name in flat)} |"
     yield "|---|---|" + "---|" * len(flat)
-    kinds = {site: kind for paths in flat.values() for site, (kind, _) in paths.items()}
+    kinds = {site: kind for paths in flat.values() for site, (kind, _) in paths.items() if kind != NOTHING}
     for site, kind in sorted(kinds.items(), key=lambda item: _rank(item[0])):
-        row = [f"`{paths[site][1]}`" if site in paths else "-" for paths in flat.values()]
+        here = [paths.get(site, ("", "-")) for paths in flat.values()]
+        row = [NOTHING if own == NOTHING else f"`{path}`" if own else path for own, path in here]
         yield f"| `{site}` | {kind} | {' | '.join(row)} |"
     yield ""
-    yield "T5 has two stacks, and `cross` for the attention between them; a gated T5 has `mlp.gate` beside `mlp.up`."
+    yield (
+        "BART and T5 have two stacks, and `cross` for the attention between them; a gated T5 has `mlp.gate` beside "
+        "`mlp.up`."
+    )
     yield ""
-    yield "| site | kind | T5 |"
-    yield "|---|---|---|"
-    for site, (kind, path) in _paths(specs["t5"]).items():
-        yield f"| `{site}` | {kind} | `{path}` |"
+    yield f"| site | kind | {' | '.join(NAMES[name] for name in STACKS)} |"
+    yield "|---|---|" + "---|" * len(STACKS)
+    stacks = [_paths(specs[name]) for name in STACKS]
+    for site in dict.fromkeys(site for paths in stacks for site in paths):
+        here = [paths.get(site, ("", "-")) for paths in stacks]
+        kind = next((own for own, _ in here if own and own != NOTHING), NOTHING)
+        row = [f"`{path}`" if own == kind else own or path for own, path in here]
+        yield f"| `{site}` | {kind} | {' | '.join(row)} |"
 
 
 def _paths(spec: BackboneSpec) -> dict[str, tuple[str, str]]:
-    """Sites, those of layer 0 standing for all, with kind and module path."""
-    found = {}
+    """Sites, those of the first layer that has them standing for all, with kind and module path."""
+    found: dict[str, tuple[str, str]] = {}
     for site in spec.sites.values():
-        if re.search(r"layers\.[1-9]", site.name) is None:
-            name = site.name.replace("layers.0", "layers.i")
-            kind = "nothing can be changed" if site.refused else str(site.kind)
-            found[name] = (kind, re.sub(r"\b(layers|h|layer|block)\.0\b", r"\1.i", site.path, count=1))
+        name = re.sub(r"layers\.\d+", "layers.i", site.name)
+        path = re.sub(r"\b(layers|h|layer|block)\.\d+\b", r"\1.i", site.path, count=1)
+        found.setdefault(name, (NOTHING if site.refused else str(site.kind), path))
     return found
 
 
 def _rank(site: str) -> tuple[int, int]:
     """Embeddings, layers, last norm and head, in the order in which a Llama or a GPT-2 has them."""
     order = ("embed", "layers.i.attn", "layers.i.mlp", "norm", "head")
-    leaves = ("norm", "qkv", "q", "k", "v", "kv", "o", "gate", "up", "down", "out")
+    leaves = ("norm", "qkv", "q", "k", "v", "kv", "o", "gate_up", "gate", "up", "down", "out")
     place = next(index for index, start in enumerate(order) if site.startswith(start))
     leaf = site.rpartition(".")[2]
     return place, leaves.index(leaf) if "layers" in site else len(site)

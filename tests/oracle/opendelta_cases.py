@@ -6,22 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "t5", "t5_gated")
+if __package__:
+    from tests.oracle import opendelta_lacks as lacks
+else:  # imported by path
+    import opendelta_lacks as lacks  # type: ignore[import-not-found,no-redef,unused-ignore]
 
-Arguments = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Lack:
-    """Why there is no such file. ``arguments`` show it: the library must fail on them, or train nothing.
-
-    Without arguments (``None``) there is nothing to try.
-    """
-
-    reason: str
-    arguments: Arguments | None = field(default_factory=dict)
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "distilbert", "bart", "t5", "t5_gated")
 
 
 @dataclass(frozen=True)
@@ -36,29 +27,24 @@ class Case:
 
     name: str
     delta: str
-    arguments: Arguments = field(default_factory=dict)
-    by_family: Mapping[str, Arguments | Lack] = field(default_factory=dict)
+    arguments: lacks.Arguments = field(default_factory=dict)
+    by_family: Mapping[str, lacks.Arguments | lacks.Lack] = field(default_factory=dict)
     warm: bool = False
     head: str = ""
 
-
-NO_TABLE = Lack("OpenDelta has no table of common names for Llama: modified_modules must be given")
-FUSED = "GPT-2's linears are Conv1D, which has no in_features: OpenDelta puts LoRA on torch.nn.Linear only"
-NO_BIAS = (
-    "linears of this family have no bias, and OpenDelta fails to add one: it fills the bias before it exists"
-)
-NO_PREFIX = Lack("OpenDelta has no prefix layer for Llama's attention", {"modified_modules": ["self_attn"]})
-NO_CLASSIFIER = Lack("transformers 4.31 has no T5 with such a head", None)
-AS_T5 = Lack("the same modules as in a T5 that is not gated", None)
 
 CASES = (
     Case(
         "lora",
         "lora",
         by_family={
-            "llama": NO_TABLE,
-            "gpt2": Lack("attn@.q@ and attn@.v@ match nothing in GPT-2, whose q, k and v are one module"),
-            "t5_gated": AS_T5,
+            "bart": lacks.NO_BART_TABLE,
+            "distilbert": lacks.NO_DISTIL_TABLE,
+            "llama": lacks.NO_TABLE,
+            "gpt2": lacks.Lack(
+                "attn@.q@ and attn@.v@ match nothing in GPT-2, whose q, k and v are one module"
+            ),
+            "t5_gated": lacks.AS_T5,
         },
     ),
     Case(
@@ -66,8 +52,17 @@ CASES = (
         "lora",
         {"lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.1},
         {
+            "bart": {
+                "modified_modules": [
+                    "encoder_attn.q_proj",
+                    "encoder_attn.v_proj",
+                    "self_attn.out_proj",
+                    "fc1",
+                ]
+            },
+            "distilbert": {"modified_modules": ["q_lin", "ffn.lin1", "attention.out_lin"]},
             "llama": {"modified_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
-            "gpt2": Lack(FUSED, {"modified_modules": ["c_attn", "c_fc"]}),
+            "gpt2": lacks.Lack(lacks.FUSED, {"modified_modules": ["c_attn", "c_fc"]}),
             "bert": {"modified_modules": ["self.key", "output.dense", "intermediate.dense"]},
             "roberta": {"modified_modules": [r"[r]1\.attention\.self\.(key|value)", "intermediate.dense"]},
             "t5": {"modified_modules": ["EncDecAttention.q", "EncDecAttention.v", "SelfAttention.o", "wi"]},
@@ -78,7 +73,12 @@ CASES = (
         "adapter",
         "adapter",
         {"bottleneck_dim": 6},
-        {"llama": {"modified_modules": ["o_proj", "down_proj"]}, "t5_gated": AS_T5},
+        {
+            "bart": {"modified_modules": ["out_proj", "fc2"]},
+            "distilbert": {"modified_modules": ["attention.out_lin", "lin2"]},
+            "llama": {"modified_modules": ["o_proj", "down_proj"]},
+            "t5_gated": lacks.AS_T5,
+        },
     ),
     # The output of whole modules, not of a linear: after the norm in BERT, after the residual in T5.
     Case(
@@ -86,6 +86,8 @@ CASES = (
         "adapter",
         {"bottleneck_dim": 5, "non_linearity": "relu"},
         {
+            "bart": {"modified_modules": ["self_attn", "encoder_attn", "encoder.layers.1"]},
+            "distilbert": {"modified_modules": ["attention", "ffn"]},
             "llama": {"modified_modules": ["self_attn", "mlp"]},
             "gpt2": {"modified_modules": ["attn", "mlp"]},
             "bert": {"modified_modules": ["attention.output", "1.output"]},
@@ -99,8 +101,10 @@ CASES = (
         "parallel_adapter",
         {"bottleneck_dim": 6},
         {
+            "bart": {"modified_modules": ["fc1", "fc2"]},
+            "distilbert": {"modified_modules": ["ffn", "ffn"]},
             "llama": {"modified_modules": ["mlp", "mlp"]},
-            "t5_gated": Lack(
+            "t5_gated": lacks.Lack(
                 "ff@.w1@ is not in the table of a gated T5, so that readers and writers pair up wrongly"
             ),
         },
@@ -110,6 +114,8 @@ CASES = (
         "parallel_adapter",
         {"bottleneck_dim": 5, "non_linearity": "gelu_orig"},
         {
+            "bart": {"modified_modules": ["self_attn.q_proj", "self_attn.out_proj"]},
+            "distilbert": {"modified_modules": ["lin1", "lin2"]},
             "llama": {"modified_modules": ["gate_proj", "down_proj"]},
             "gpt2": {"modified_modules": ["mlp", "mlp"]},
             "bert": {"modified_modules": ["attention.self", "attention.output.dense"]},
@@ -123,10 +129,12 @@ CASES = (
         "compacter",
         {"reduction_factor": 8},
         {
+            "bart": {"modified_modules": ["encoder_attn.out_proj", "1.fc2"]},
+            "distilbert": {"modified_modules": ["0.ffn.lin2"]},
             "llama": {"modified_modules": ["o_proj", "down_proj"]},
             "roberta": {"modified_modules": ["0.output.dense"]},
             "t5": {"modified_modules": ["EncDecAttention.o", "1.layer.1.DenseReluDense.wo"]},
-            "t5_gated": AS_T5,
+            "t5_gated": lacks.AS_T5,
         },
     ),
     Case(
@@ -142,10 +150,12 @@ CASES = (
             "non_linearity": "swish",
         },
         {
+            "bart": {"modified_modules": ["fc2"]},
+            "distilbert": {"modified_modules": ["1.ffn.lin2"]},
             "llama": {"modified_modules": ["down_proj"]},
             "roberta": {"modified_modules": ["1.output.dense"]},
             "t5": {"modified_modules": ["wo"]},
-            "t5_gated": AS_T5,
+            "t5_gated": lacks.AS_T5,
         },
     ),
     Case(
@@ -159,10 +169,12 @@ CASES = (
             "non_linearity": "tanh",
         },
         {
+            "bart": {"modified_modules": ["encoder_attn.out_proj"]},
+            "distilbert": {"modified_modules": ["1.attention.out_lin"]},
             "llama": {"modified_modules": ["o_proj"]},
             "roberta": {"modified_modules": ["1.attention.output.dense"]},
             "t5": {"modified_modules": ["EncDecAttention.o"]},
-            "t5_gated": AS_T5,
+            "t5_gated": lacks.AS_T5,
         },
     ),
     Case(
@@ -170,31 +182,37 @@ CASES = (
         "low_rank_adapter",
         {"reduction_factor": 8},
         {
+            "bart": {"modified_modules": ["encoder_attn.out_proj", "0.fc2"]},
+            "distilbert": {"modified_modules": ["0.ffn.lin2"]},
             "llama": {"modified_modules": ["o_proj", "down_proj"]},
             "roberta": {"modified_modules": ["0.output.dense"]},
             "t5": {"modified_modules": ["EncDecAttention.o", "1.layer.1.DenseReluDense.wo"]},
-            "t5_gated": AS_T5,
+            "t5_gated": lacks.AS_T5,
         },
     ),
     Case(
         "bitfit",
         "bitfit",
         by_family={
-            "llama": Lack(NO_BIAS, {"modified_modules": ["q_proj"]}),
-            "t5": Lack(NO_BIAS),
-            "t5_gated": Lack(NO_BIAS),
+            "bart": lacks.NO_BART_TABLE,
+            "distilbert": lacks.NO_DISTIL_TABLE,
+            "llama": lacks.Lack(lacks.NO_BIAS, {"modified_modules": ["q_proj"]}),
+            "t5": lacks.Lack(lacks.NO_BIAS),
+            "t5_gated": lacks.Lack(lacks.NO_BIAS),
         },
     ),
     Case(
         "bitfit_named",
         "bitfit",
         by_family={
-            "llama": Lack(NO_BIAS, {"modified_modules": ["mlp"]}),
+            "bart": {"modified_modules": ["self_attn.v_proj", "1.fc1"]},
+            "distilbert": {"modified_modules": ["v_lin", "1.ffn", "vocab_transform"]},
+            "llama": lacks.Lack(lacks.NO_BIAS, {"modified_modules": ["mlp"]}),
             "gpt2": {"modified_modules": ["attn", "1.mlp"]},
             "bert": {"modified_modules": ["query", "cls"]},
             "roberta": {"modified_modules": ["value", "lm_head"], "exclude_modules": ["roberta.embeddings"]},
-            "t5": Lack(NO_BIAS, {"modified_modules": ["wo"]}),
-            "t5_gated": Lack(NO_BIAS, {"modified_modules": ["wo"]}),
+            "t5": lacks.Lack(lacks.NO_BIAS, {"modified_modules": ["wo"]}),
+            "t5_gated": lacks.Lack(lacks.NO_BIAS, {"modified_modules": ["wo"]}),
         },
     ),
     # A bias of OpenDelta's own behind a module that is neither linear nor layer norm.
@@ -203,10 +221,12 @@ CASES = (
         "bitfit",
         {"unfrozen_modules": ["deltas", "bitfit"]},
         {
+            "bart": lacks.Lack("every linear and norm of this family has a bias", None),
+            "distilbert": lacks.Lack("every linear and norm of this family has a bias", None),
             "llama": {"modified_modules": ["input_layernorm", "norm"]},
             "gpt2": {"modified_modules": ["c_attn", "1.mlp.c_fc"]},  # Conv1D
-            "bert": Lack("every linear and norm of this family has a bias", None),
-            "roberta": Lack("every linear and norm of this family has a bias", None),
+            "bert": lacks.Lack("every linear and norm of this family has a bias", None),
+            "roberta": lacks.Lack("every linear and norm of this family has a bias", None),
             "t5": {"modified_modules": ["layer_norm"]},
             "t5_gated": {"modified_modules": ["final_layer_norm", "1.layer_norm"]},
         },
@@ -218,8 +238,10 @@ CASES = (
         "prefix",
         {"prefix_token_num": 3, "reparameterize": False},
         {
-            "llama": NO_PREFIX,
-            "t5_gated": AS_T5,
+            "bart": {"modified_modules": ["self_attn"]},
+            "distilbert": lacks.NO_DISTIL_PREFIX,
+            "llama": lacks.NO_PREFIX,
+            "t5_gated": lacks.AS_T5,
         },
     ),
     Case(
@@ -227,8 +249,10 @@ CASES = (
         "prefix",
         {"prefix_token_num": 4, "reparameterize": True, "embed_dim": 6, "mid_dim": 7},
         {
-            "llama": NO_PREFIX,
-            "t5_gated": AS_T5,
+            "bart": {"modified_modules": ["self_attn"]},
+            "distilbert": lacks.NO_DISTIL_PREFIX,
+            "llama": lacks.NO_PREFIX,
+            "t5_gated": lacks.AS_T5,
         },
     ),
     # Not in the first layer: tells what becomes of T5's position biases before and behind it.
@@ -237,7 +261,9 @@ CASES = (
         "prefix",
         {"prefix_token_num": 2, "reparameterize": False},
         {
-            "llama": NO_PREFIX,
+            "bart": {"modified_modules": ["decoder.layers.1.self_attn"]},
+            "distilbert": lacks.NO_DISTIL_PREFIX,
+            "llama": lacks.NO_PREFIX,
             "gpt2": {"modified_modules": ["1.attn"]},
             "bert": {"modified_modules": ["1.attention"]},
             "roberta": {"modified_modules": ["1.attention"]},
@@ -251,6 +277,11 @@ CASES = (
         "adapter",
         {"bottleneck_dim": 4},
         {
+            "bart": {"modified_modules": ["1.fc2"], "unfrozen_modules": ["deltas", "final_layer_norm"]},
+            "distilbert": {
+                "modified_modules": ["1.ffn.lin2"],
+                "unfrozen_modules": ["deltas", "sa_layer_norm", "output_layer_norm"],
+            },
             "llama": {
                 "modified_modules": ["down_proj"],
                 "unfrozen_modules": ["deltas", "input_layernorm", "norm"],
@@ -262,7 +293,7 @@ CASES = (
                 "modified_modules": ["1.layer.0.SelfAttention.o"],
                 "unfrozen_modules": ["deltas", "layer_norm"],
             },
-            "t5_gated": AS_T5,
+            "t5_gated": lacks.AS_T5,
         },
     ),
     Case(
@@ -270,6 +301,14 @@ CASES = (
         "adapter",
         {"bottleneck_dim": 4, "non_linearity": "leakyrelu"},
         {
+            "bart": {
+                "modified_modules": ["encoder_attn.out_proj"],
+                "unfrozen_modules": ["deltas", "1.encoder_attn.k_proj"],
+            },
+            "distilbert": {
+                "modified_modules": ["1.ffn.lin2"],
+                "unfrozen_modules": ["deltas", "vocab_transform", "1.attention.v_lin"],
+            },
             "llama": {"modified_modules": ["o_proj"], "unfrozen_modules": ["deltas", "1.mlp.up_proj"]},
             "gpt2": {
                 "modified_modules": ["attn.c_proj"],
@@ -294,11 +333,15 @@ CASES = (
         "lora",
         {"lora_r": 2},
         {
+            "bart": {"modified_modules": ["k_proj"], "unfrozen_modules": ["deltas", "bias"]},
+            "distilbert": {"modified_modules": ["k_lin"], "unfrozen_modules": ["deltas", "bias"]},
             "llama": {
                 "modified_modules": ["k_proj"],
                 "unfrozen_modules": ["deltas", "post_attention_layernorm"],
             },
-            "gpt2": Lack(FUSED, {"modified_modules": ["c_proj"], "unfrozen_modules": ["deltas", "bias"]}),
+            "gpt2": lacks.Lack(
+                lacks.FUSED, {"modified_modules": ["c_proj"], "unfrozen_modules": ["deltas", "bias"]}
+            ),
             "bert": {"unfrozen_modules": ["deltas", "bias"]},
             "roberta": {"unfrozen_modules": ["deltas", "bias"]},
             "t5": {"unfrozen_modules": ["deltas", "final_layer_norm", "layer_norm@"]},
@@ -311,6 +354,11 @@ CASES = (
         "adapter",
         {"bottleneck_dim": 4},
         {
+            "bart": lacks.NO_BART_HEAD,
+            "distilbert": {
+                "modified_modules": ["1.ffn.lin2"],
+                "unfrozen_modules": ["deltas", "classifier", "pre_classifier"],
+            },
             "llama": {"modified_modules": ["down_proj"], "unfrozen_modules": ["deltas", "score"]},
             "gpt2": {"modified_modules": ["mlp.c_proj"], "unfrozen_modules": ["deltas", "score"]},
             "bert": {
@@ -318,8 +366,8 @@ CASES = (
                 "unfrozen_modules": ["deltas", "classifier", "pooler"],
             },
             "roberta": {"modified_modules": ["1.output.dense"], "unfrozen_modules": ["deltas", "classifier"]},
-            "t5": NO_CLASSIFIER,
-            "t5_gated": NO_CLASSIFIER,
+            "t5": lacks.NO_CLASSIFIER,
+            "t5_gated": lacks.NO_CLASSIFIER,
         },
         head="ForSequenceClassification",
     ),
@@ -328,12 +376,14 @@ CASES = (
         "bitfit",
         {"unfrozen_modules": ["deltas", "classifier"]},
         {
-            "llama": Lack("transformers 4.31 has no Llama for token classification", None),
+            "bart": lacks.Lack("transformers has no BART for token classification", None),
+            "distilbert": {"modified_modules": ["0.ffn"]},
+            "llama": lacks.Lack("transformers 4.31 has no Llama for token classification", None),
             "gpt2": {"modified_modules": ["1.mlp"]},
             "bert": {"modified_modules": ["0.intermediate.dense"]},
             "roberta": {"modified_modules": ["1.attention"]},
-            "t5": NO_CLASSIFIER,
-            "t5_gated": NO_CLASSIFIER,
+            "t5": lacks.NO_CLASSIFIER,
+            "t5_gated": lacks.NO_CLASSIFIER,
         },
         head="ForTokenClassification",
     ),

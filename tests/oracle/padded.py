@@ -83,14 +83,17 @@ class PaddedRunner:
         self.batch = _Batch()
         self.hidden: list[Tensor] = []
         self._prompted: Plan | None = None
-        # a T5's own embedding is never called: its stacks have copies, and those are hooked
-        inner = self.model.encoder if self.spec.kind == "encoder-decoder" else self.model
-        self._embedding = inner.get_input_embeddings()
         modules = dict(self.model.named_modules())
+        # the embedding of an encoder-decoder's own is never called: its stacks have copies, and those are hooked
+        embed = "encoder.embed" if self.spec.kind == "encoder-decoder" else "embed"
+        self._embedding = modules[self.spec.sites[embed].path]
         for site in self.spec.of_kind(SiteKind.KV):
             object.__setattr__(modules[site.path], "oracle_site", site.name)
             object.__setattr__(modules[site.path], "oracle_batch", self)
             modules[site.path].register_forward_pre_hook(_remember, with_kwargs=True)
+        positions = self.spec.sites.get("decoder.embed.positions")
+        if positions is not None:
+            modules[positions.path].register_forward_hook(self._shift_decoder)
         if self.spec.kind == "encoder":
             self.model.base_model.embeddings.register_forward_hook(self._put_prompts)
 
@@ -179,6 +182,13 @@ class PaddedRunner:
             return None
         return row.delta.prompt
 
+    def _shift_decoder(self, module: Any, _args: Any, output: Tensor) -> Tensor:
+        """BART looks positions up once for all rows; a prefix before the decoder shifts those of its row."""
+        prefixes = [found.get("decoder.layers.0.attn.kv") for found in self.batch.prefixes]
+        starts = [len(p.keys) if p is not None and p.shifts_positions else 0 for p in prefixes]
+        own = torch.arange(output.shape[-2])
+        return torch.stack([module.weight[own + start + module.offset] for start in starts])
+
     def _put_prompts(self, _module: Any, _args: Any, output: Tensor) -> Tensor:
         prompts = self.batch.prompts
         if all(prompt is None for prompt in prompts):
@@ -216,6 +226,7 @@ def _attention(
     _mask: Tensor | None,
     scaling: float,
     position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """``query`` ``[rows, heads, tokens, head_dim]``; every row alone, to its own keys only."""
@@ -243,6 +254,10 @@ def _attention(
         if causal:
             hidden = torch.ones(q.shape[1], keys[i], dtype=torch.bool).triu(1)
             scores[:, :, n:] = scores[:, :, n:].masked_fill(hidden, float("-inf"))
+        if sliding_window is not None:
+            at = torch.arange(keys[i])
+            far = (at[:, None] - at).abs() >= sliding_window
+            scores[:, :, n:] = scores[:, :, n:].masked_fill(far, float("-inf"))
         out[i, :, : queries[i]] = scores.softmax(-1) @ v
     return out.transpose(1, 2), None
 

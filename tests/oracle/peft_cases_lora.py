@@ -31,7 +31,8 @@ def _lora(family: Family, **options: Any) -> LoraConfig:
 
 def _rank_patterns(family: Family) -> LoraConfig:
     first, second = family.linears[0], family.linears[1]
-    layer = {"t5": "block", "bert": "layer", "roberta": "layer", "gpt2": "h", "llama": "layers"}[family.name]
+    names = {"t5": "block", "gpt2": "h"} | dict.fromkeys(("bart", "llama", "modernbert"), "layers")
+    layer = names.get(family.name, "layer")
     return _lora(
         family,
         rank_pattern={first: 8, rf"{layer}\.1\..*{second}": 2},

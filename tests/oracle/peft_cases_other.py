@@ -21,12 +21,18 @@ from peft import (
     RoadConfig,
 )
 
-from tests.oracle.peft_reference import Case, Family, Values
+from tests.oracle.peft_reference import PROMPT_SIZES, Case, Family, Values
 
 Make = Callable[[Family], PeftConfig]
 
 _NO_CONV1D = {"gpt2": "PEFT has this type for torch.nn.Linear only; GPT-2's linears are Conv1D"}
-_NOT_CAUSAL = dict.fromkeys(("bert", "roberta", "t5"), "PEFT has this type for causal language models only")
+_NOT_CAUSAL = dict.fromkeys(
+    ("bert", "roberta", "distilbert", "modernbert", "bart", "t5"),
+    "PEFT has this type for causal language models only",
+)
+_NO_CACHE = dict.fromkeys(
+    ("distilbert", "modernbert"), "PEFT hands prefixes over in a cache, which the model does not take"
+)
 _ROTATION: dict[str, Values] = {"oft_": (0.0, 0.15)}
 
 
@@ -44,7 +50,8 @@ def _prompt(config: type[PeftConfig], **options: Any) -> Make:
 
     def make(family: Family) -> PeftConfig:
         task = family.task or "FEATURE_EXTRACTION"
-        return config(**{"task_type": task, "num_virtual_tokens": 4} | options)  # type: ignore[arg-type]
+        settings = {"task_type": task, "num_virtual_tokens": 4, **PROMPT_SIZES.get(family.name, {})} | options
+        return config(**settings)  # type: ignore[arg-type]
 
     return make
 
@@ -132,17 +139,25 @@ OTHER_CASES: tuple[Case, ...] = (
         ),
         excluded=_NOT_CAUSAL,
     ),
-    Case("prefix", "PREFIX_TUNING", _prompt(PrefixTuningConfig), {"prompt_encoder": (0.0, 1.0)}),
+    Case(
+        "prefix",
+        "PREFIX_TUNING",
+        _prompt(PrefixTuningConfig),
+        {"prompt_encoder": (0.0, 1.0)},
+        _NO_CACHE,
+    ),
     Case(
         "prefix_projected",
         "PREFIX_TUNING",
         _prompt(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=16),
         {"prompt_encoder": (0.0, 0.6)},
+        _NO_CACHE,
     ),
     Case(
         "cartridge",
         "CARTRIDGE",
         _prompt(CartridgeConfig, num_frozen_tokens=1),
         {"prompt_encoder": (0.0, 1.0)},
+        _NO_CACHE,
     ),
 )

@@ -67,7 +67,7 @@ WEIGHT_CASES: tuple[Case, ...] = (
         {"lambda_d": _WIDE, "lambda_b": _WIDE},
     ),
     Case("pvera", "PVERA", _on(PveraConfig, r=8), {"lambda_d": _WIDE, "lambda_b": _WIDE}),
-    Case("loha", "LOHA", _on(LoHaConfig, r=3, alpha=5), {"hada": (0.0, 0.5)}, _NO_CONV1D),
+    Case("loha", "LOHA", _on(LoHaConfig, r=3, alpha=5), {"hada": (0.0, 0.4)}, _NO_CONV1D),
     Case("loha_patterns", "LOHA", _patterned(LoHaConfig, r=2, alpha=5), {"hada": (0.0, 0.5)}, _NO_CONV1D),
     Case("lokr_full", "LOKR", _on(LoKrConfig, r=8, alpha=8), {}, _NO_CONV1D),
     Case("lokr_low", "LOKR", _on(LoKrConfig, r=2, alpha=3), {"lokr": (0.0, 0.5)}, _NO_CONV1D),
@@ -135,7 +135,12 @@ WEIGHT_CASES: tuple[Case, ...] = (
         "HIRA",
         lambda f: HiraConfig(task_type=f.task, r=4, target_modules=[*f.query_value, f.embedding]),
     ),
-    Case("vblora", "VBLORA", _on(VBLoRAConfig, r=4, num_vectors=12, vector_length=8, topk=2)),
+    Case(
+        "vblora",
+        "VBLORA",
+        _on(VBLoRAConfig, r=4, num_vectors=12, vector_length=8, topk=2),
+        {"vector_bank": (0.0, 0.25)},
+    ),
     Case(
         "vblora_topk",
         "VBLORA",

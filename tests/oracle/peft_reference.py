@@ -19,9 +19,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
+    BartForConditionalGeneration,
     BertForMaskedLM,
+    DistilBertForMaskedLM,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    ModernBertForMaskedLM,
     PreTrainedModel,
     RobertaForMaskedLM,
     T5ForConditionalGeneration,
@@ -108,6 +111,46 @@ FAMILIES: Mapping[str, Family] = {
             last_norm="layer.1.output.LayerNorm",
         ),
         Family(
+            name="distilbert",
+            model=DistilBertForMaskedLM,
+            task=None,
+            linears=("q_lin", "k_lin", "v_lin", "lin1", "lin2", "out_lin"),
+            query_value=("q_lin", "v_lin"),
+            feedforward=("lin2",),
+            embedding="word_embeddings",
+            head="vocab_projector",
+            head_bias=True,
+            norms=("sa_layer_norm",),
+            last_norm="layer.1.output_layer_norm",
+        ),
+        Family(
+            name="modernbert",
+            model=ModernBertForMaskedLM,
+            task=None,
+            linears=("Wqkv", "attn.Wo", "Wi", "mlp.Wo"),
+            query_value=("Wqkv",),
+            feedforward=("mlp.Wo",),
+            embedding="tok_embeddings",
+            head="decoder",
+            head_bias=True,
+            norms=("mlp_norm",),
+            last_norm="final_norm",
+            spread=0.15,
+        ),
+        Family(
+            name="bart",
+            model=BartForConditionalGeneration,
+            task="SEQ_2_SEQ_LM",
+            linears=("q_proj", "k_proj", "v_proj", "fc1", "fc2", "out_proj"),
+            query_value=("q_proj", "v_proj"),
+            feedforward=("fc2",),
+            embedding="embed_tokens",
+            head="lm_head",
+            head_bias=False,
+            norms=("self_attn_layer_norm",),
+            last_norm="decoder.layers.1.final_layer_norm",
+        ),
+        Family(
             name="t5",
             model=T5ForConditionalGeneration,
             task="SEQ_2_SEQ_LM",
@@ -123,6 +166,9 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
+
+# What PEFT does not find in a configuration under the names that it knows.
+PROMPT_SIZES: Mapping[str, Mapping[str, int]] = {"distilbert": {"token_dim": 32, "num_attention_heads": 4}}
 
 Values = tuple[float, float]
 """Mean and standard deviation of a parameter's random values."""
@@ -211,7 +257,7 @@ def load_delta(family: Family, folder: Path) -> PeftModel:
 
 @torch.no_grad()
 def logits(model: nn.Module, row: Row) -> Tensor:
-    """Float32 logits ``[length, vocab]`` at the row's own tokens (the decoder's for T5): prompts' are cut off.
+    """Float32 logits ``[length, vocab]`` at the row's own tokens (an encoder-decoder's decoder's): prompts' are cut off.
 
     No cache but the one that holds a prefix.
     """
@@ -250,7 +296,7 @@ def _encoder_decoder(model: nn.Module) -> bool:
 
 
 def _masked(model: nn.Module) -> bool:
-    return str(getattr(model.config, "model_type", "")) in ("bert", "roberta")
+    return str(getattr(model.config, "model_type", "")) in ("bert", "distilbert", "modernbert", "roberta")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def place(runner: Runner, delta: Delta) -> PackedDelta:
     spec = runner.backbone.spec
     weights = FrozenTensors(runner.backbone.folder)
     patches = methods.lower(delta, spec, weights)
-    return runner.prompt_prefix(pack(patches, spec, runner.backbone.dtype))
+    return runner.finish(pack(patches, spec, runner.backbone.dtype))
 
 
 def generate(runner: Runner, rows: Several[Row], steps: int, *, chunk: int = 512) -> None:

@@ -24,7 +24,7 @@ from tests.oracle.padded import PaddedRow, PaddedRunner
 from tests.oracle.rows import SLOTS, Row, generate, make_runner, place
 
 FOLDER = Path(__file__).parent / "fixtures" / "adapterhub_table"
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "t5", "t5_gated")
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "distilbert", "bart", "t5", "t5_gated")
 INDEX: dict[str, dict[str, Any]] = {
     family: json.loads((FOLDER / family / "index.json").read_text(encoding="utf-8")) for family in FAMILIES
 }
@@ -33,9 +33,9 @@ CLOSE = 1e-5
 _GATE = "a causal backbone never has"
 # What the library can do and the server does not, and what the error says.
 REFUSED: dict[tuple[str, str], str] = {
-    **{(family, "gated_bn"): _GATE for family in ("llama", "gpt2", "t5")},
-    **{(family, "ia3_gated"): _GATE for family in ("llama", "gpt2", "t5")},
-    **{(family, "prefix_gated"): _GATE for family in ("llama", "gpt2", "t5")},
+    **{(family, "gated_bn"): _GATE for family in ("llama", "gpt2", "bart", "t5")},
+    **{(family, "ia3_gated"): _GATE for family in ("llama", "gpt2", "bart", "t5")},
+    **{(family, "prefix_gated"): _GATE for family in ("llama", "gpt2", "bart", "t5")},
     **{(family, "lora_gated"): _GATE for family in ("llama", "t5")},
     ("llama", "prefix_gates"): _GATE,
     ("llama", "unipelt"): _GATE,
@@ -50,6 +50,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("bert", "stack_parallel"): "in a Stack the library drops",
     ("bert", "stack_lora"): "feeds one's output to the next",
     ("roberta", "stack_lora"): "feeds one's output to the next",
+    ("distilbert", "stack_lora"): "feeds one's output to the next",
     ("bert", "head_pooler"): "reads the backbone's pooler",
 }
 CELLS = [(family, case) for family in FAMILIES for case in INDEX[family]["cases"]]

@@ -178,7 +178,9 @@ def test_every_method_has_a_maker(monkeypatch: pytest.MonkeyPatch) -> None:
         kinds.all_methods()
 
 
-@pytest.mark.parametrize("family", [DECODER, "gpt2", *FAMILIES, "roberta", "t5_gated"])
+@pytest.mark.parametrize(
+    "family", [DECODER, "gpt2", *FAMILIES, "roberta", "distilbert", "modernbert", "bart", "t5_gated"]
+)
 def test_what_a_family_does_not_take_is_refused(family: str) -> None:
     spec = padded(family).spec
     for name in set(kinds.all_methods()) - set(kinds.served(spec)):
@@ -203,7 +205,7 @@ def test_each_kind_once(mode: Mode) -> None:
         check_engine(mode, rows, chunk=40)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "modernbert", "bart"])
 def test_each_kind_once_padded(family: str) -> None:
     names = [*served(family), BASE]
     random.Random(family).shuffle(names)

@@ -1,4 +1,4 @@
-"""AdapterHub's column once more, through the engine's own encoder: every case in one packed batch, on BERT and RoBERTa."""
+"""AdapterHub's column once more, through the engine's own encoder: every case in one packed batch, on every encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.oracle.test_adapterhub_table import INDEX, SERVED, check, expected, l
 
 
 @pytest.mark.parametrize("mode", ["native", "dense", "reference"])
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_all_cases_in_one_batch(family: str, mode: Mode, tmp_path: Path) -> None:
     runner = EncoderRunner(
         backbones.load(family, BACKBONES / family, torch.device("cpu"), torch.float32), mode

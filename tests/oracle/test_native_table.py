@@ -23,7 +23,7 @@ from deltas.sites import BackboneSpec, Site, SiteKind
 from tests.oracle.padded import BACKBONES, CLASSES, PaddedRow, PaddedRunner
 from tests.oracle.rows import Row, generate, make_runner, place, same
 
-FAMILIES = ["llama", "gpt2", "bert", "roberta", "t5", "t5_gated"]
+FAMILIES = ["llama", "gpt2", "bert", "roberta", "distilbert", "modernbert", "bart", "t5", "t5_gated"]
 TOLERANCE = 1e-5
 STEPS = 5
 PROMPTS = ([5, 9, 44], [11], [60, 3, 17, 17, 8, 30, 4, 21, 50, 13, 7])
@@ -39,10 +39,7 @@ class Edited:
         self._module = model.get_submodule(site.path)
         weight: Tensor = self._module.weight.data  # type: ignore[assignment,union-attr]
         conv = type(self._module).__name__ == "Conv1D"
-        self._rows = slice(None)
-        if site.part:
-            third = weight.shape[1] // 3
-            self._rows = slice("qkv".index(site.name[-1]) * third, ("qkv".index(site.name[-1]) + 1) * third)
+        self._rows = slice(site.offset, site.offset + site.out_features) if site.part else slice(None)
         self.weight = (weight.T if conv else weight)[self._rows]
 
     @property
@@ -70,9 +67,9 @@ def some_places(name: str, shape: tuple[int, ...], share: float) -> Tensor:
 
 
 def linears(spec: BackboneSpec) -> list[Site]:
-    """Those of the layers, GPT-2's fused ones and two of its parts."""
+    """Those of the layers, the fused ones and some of their parts."""
     found = [s for s in spec.of_kind(SiteKind.LINEAR) if "layers." in s.name]
-    return [s for s in found if not s.part or (".1.attn." in s.name and s.name[-1] in "qv")]
+    return [s for s in found if not s.part or (".1." in s.name and s.name.endswith((".q", ".v", ".gate")))]
 
 
 def with_bias(spec: BackboneSpec) -> list[Site]:
@@ -202,7 +199,8 @@ def cases(spec: BackboneSpec) -> dict[str, Case]:
     tables = embeddings(spec)
     last = [s for s in body if ".1.mlp." in s.name]
     biases = with_bias(spec)
-    whole, unfused = [s for s in body if not s.part], [s for s in body if not s.name.endswith(".qkv")]
+    whole = [s for s in body if not s.part]
+    unfused = [s for s in body if not s.name.endswith((".qkv", ".gate_up"))]
     return {
         "diff_pruning": sparse(body, [], 0.05, "a"),
         "diff_pruning_of_everything": sparse([*body, *norms, *tables, *head], biases, 0.03, "b"),
@@ -258,7 +256,11 @@ def changed(family: str, name: str) -> Any:
 def expected(family: str, name: str) -> list[Tensor]:
     model, found = changed(family, name), []
     for ids, decoder_ids in zip(PROMPTS, DECODER_PROMPTS, strict=True):
-        more = {"decoder_input_ids": torch.tensor([decoder_ids])} if family.startswith("t5") else {}
+        more = (
+            {"decoder_input_ids": torch.tensor([decoder_ids])}
+            if runner(family).spec.kind == "encoder-decoder"
+            else {}
+        )
         found.append(model(input_ids=torch.tensor([ids]), **more).logits[0])
     return found
 

@@ -70,22 +70,30 @@ def configs(name: str) -> Mapping[str, PeftConfig]:
     }
 
 
-def stock(folder: Path, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def stock(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
     with quiet():  # a classifier's head is new
-        model: PreTrainedModel = kind.from_pretrained(folder, attn_implementation="eager")
+        model: PreTrainedModel = kind.from_pretrained(folder, attn_implementation="eager", **options)
     return model.eval()
 
 
 def saved(
-    folder: Path, config: PeftConfig, backbone: Path, seed: int, kind: Any = AutoModelForCausalLM
+    folder: Path,
+    config: PeftConfig,
+    backbone: Path,
+    seed: int,
+    kind: Any = AutoModelForCausalLM,
+    **options: Any,
 ) -> PeftModel:
-    """A random delta as PEFT saves it to ``folder``, and what PEFT makes of that folder."""
+    """A random delta as PEFT saves it to ``folder``, and what PEFT makes of that folder.
+
+    ``options`` are the model's, like ``num_labels``.
+    """
     torch.manual_seed(seed)
     with quiet():
-        model = peft.get_peft_model(stock(backbone, kind), config)
+        model = peft.get_peft_model(stock(backbone, kind, **options), config)
         randomise(model, {}, 0.3)
         model.save_pretrained(folder)
-        return PeftModel.from_pretrained(stock(backbone, kind), folder).eval()
+        return PeftModel.from_pretrained(stock(backbone, kind, **options), folder).eval()
 
 
 def upload(folder: Path) -> DeltaFiles:

@@ -28,7 +28,7 @@ from deltas.sites import BackboneSpec
 from deltas.weights import FrozenTensors
 from tests.oracle import test_peft_decoders
 from tests.oracle.padded import BACKBONES, PaddedRow, PaddedRunner
-from tests.oracle.peft_reference import quiet, randomise
+from tests.oracle.peft_reference import PROMPT_SIZES, quiet, randomise
 from tests.oracle.peft_table import (
     CASES,
     FAMILIES,
@@ -213,7 +213,8 @@ CLASSES: Mapping[str, Any] = {
 
 def tuned(kind: str, family: str, task: str) -> peft.PeftConfig:
     if kind == "prompt":
-        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
+        sizes = PROMPT_SIZES.get(family, {})
+        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3, **sizes)
     return peft.LoraConfig(
         task_type=task,
         target_modules=list(FAMILIES[family].query_value),
@@ -228,7 +229,11 @@ WITH_HEADS = [
     for family in PEFT_HEADED
     for task in PEFT_HEADS.values()
     if (kind, family, task)
-    != ("prompt", "bert", "SEQ_CLS")  # PEFT does not save BERT's pooler beside a prompt
+    not in (
+        ("prompt", "bert", "SEQ_CLS"),  # PEFT does not save BERT's pooler beside a prompt
+        ("prompt", "modernbert", "SEQ_CLS"),  # nor what ModernBERT has before its classifier
+        ("prompt", "modernbert", "TOKEN_CLS"),
+    )
 ]
 
 

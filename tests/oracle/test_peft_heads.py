@@ -22,7 +22,7 @@ from deltas.delta import Delta
 from deltas.errors import UnsupportedDelta
 from deltas.formats import DeltaFiles, read
 from tests.oracle.padded import PaddedRow, PaddedRunner
-from tests.oracle.peft_reference import BACKBONES, FAMILIES, ROWS, quiet, randomise
+from tests.oracle.peft_reference import BACKBONES, FAMILIES, PROMPT_SIZES, ROWS, quiet, randomise
 
 TOLERANCE = 1e-5
 TASKS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
@@ -35,7 +35,9 @@ def runner(family: str) -> PaddedRunner:
 
 
 def config(kind: str, family: str, task: str) -> PeftConfig:
-    saved = ["pooler"] if (family, task) == ("bert", "SEQ_CLS") else None
+    saved = {("bert", "SEQ_CLS"): ["pooler"]}.get(
+        (family, task), ["head"] if family == "modernbert" else None
+    )
     if kind == "lora":
         targets = list(FAMILIES[family].linears)
         return peft.LoraConfig(
@@ -49,7 +51,9 @@ def config(kind: str, family: str, task: str) -> PeftConfig:
             task_type=TaskType[task],
             modules_to_save=saved,
         )
-    return peft.PromptTuningConfig(num_virtual_tokens=3, task_type=TaskType[task], modules_to_save=saved)
+    return peft.PromptTuningConfig(
+        num_virtual_tokens=3, task_type=TaskType[task], modules_to_save=saved, **PROMPT_SIZES.get(family, {})
+    )
 
 
 def task_model(folder: Path, task: str, labels: int = 3) -> PreTrainedModel:
@@ -86,7 +90,7 @@ def assert_same(got: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "distilbert", "modernbert"])
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
 def test_heads_give_pefts_outputs(kind: str, family: str, task: str, tmp_path: Path) -> None:
     with quiet():
@@ -131,6 +135,44 @@ def test_the_pooler_is_the_backbones_where_the_delta_has_none(prefixed: bool, tm
         over = PaddedRunner(backbone)
     _, got = ours(folder, over)
     assert_same(got, outputs(model))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_modernberts_head_is_the_backbones_where_the_delta_has_none(task: str, tmp_path: Path) -> None:
+    """Its class for a task begins with the language model's dense layer and norm."""
+    plain = config("lora", "modernbert", task)
+    plain.modules_to_save = None
+    with quiet():
+        model = peft.get_peft_model(task_model(BACKBONES / "modernbert", task), plain)
+    save(model, tmp_path)
+    assert not [key for key in load_file(tmp_path / SAVED) if "head" in key]
+    _, got = ours(tmp_path, runner("modernbert"))
+    assert_same(got, outputs(model))
+
+
+def test_a_lora_inside_the_head_is_refused(tmp_path: Path) -> None:
+    """The language model's head, which has a module of that name, is not what it changes."""
+    everywhere = peft.LoraConfig(target_modules="all-linear", task_type=TaskType.SEQ_CLS)
+    with quiet():
+        model = peft.get_peft_model(task_model(BACKBONES / "modernbert", "SEQ_CLS"), everywhere)
+    save(model, tmp_path)
+    with pytest.raises(UnsupportedDelta, match=r"head\.dense .* modules_to_save") as caught:
+        ours(tmp_path, runner("modernbert"))
+    assert caught.value.field == "target_modules"
+
+
+@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
+def test_a_prefix_for_a_model_without_a_cache_is_refused(family: str, tmp_path: Path) -> None:
+    """PEFT makes and saves one for a feature extractor, and it changes nothing."""
+    layers = runner(family).spec.layers
+    sizes = {"token_dim": 32, "num_attention_heads": 4, "num_layers": layers}
+    prefix = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type=TaskType.FEATURE_EXTRACTION, **sizes)
+    with quiet():
+        model = peft.get_peft_model(task_model(BACKBONES / family, "SEQ_CLS").base_model, prefix)
+    save(model, tmp_path)
+    with pytest.raises(UnsupportedDelta, match="a cache") as caught:
+        ours(tmp_path, runner(family))
+    assert caught.value.field == "peft_type"
 
 
 def test_a_task_without_its_head_is_refused(tmp_path: Path) -> None:

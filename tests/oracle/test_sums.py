@@ -69,7 +69,7 @@ class Loader:
             weights=FrozenTensors(BACKBONE),
             device_bytes=1 << 30,
             host_bytes=1 << 30,
-            finish=self.runner.prompt_prefix,
+            finish=self.runner.finish,
             forget=self.runner.forget,
             wake=lambda: woken.put(None),
         )

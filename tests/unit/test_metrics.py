@@ -20,6 +20,8 @@ COUNTERS = {
     "prompt_tokens",
     "generated_tokens",
     "preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
     "delta_loads",
     "delta_load_failures",
     "deltas_quarantined",

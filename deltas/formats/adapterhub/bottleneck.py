@@ -259,14 +259,14 @@ def _invertible(found: Read, keys: Keys) -> PlannedComponent:
             "inv_adapter 'glow' fails in the library: it slices the sequence where it means the features",
             field="inv_adapter",
         )
-    places_of = {"bert": "embed.norm", "llama": "embed", "roberta": "embed.norm", "t5": "encoder.embed"}
-    site = places_of.get(keys.spec.family)
+    places_of = {"bart": "encoder.embed.norm", "llama": "embed", "t5": "encoder.embed", "gpt2": None}
+    site = places_of.get(keys.spec.family, "embed.norm")
     if site is None:
         raise UnsupportedDelta(
             "an invertible adapter changes the sum of token and position embeddings, which no module of GPT-2 makes",
             field="inv_adapter",
         )
-    stem = f"{'encoder.' if keys.spec.family == 't5' else ''}invertible_adapters.{keys.name}"
+    stem = f"{'encoder.' if keys.spec.kind == 'encoder-decoder' else ''}invertible_adapters.{keys.name}"
     sources: dict[str, Source] = {}
     for half in ("F", "G"):
         for ours, number_ in (("down", 0), ("up", 2)):

@@ -23,7 +23,7 @@ from deltas.methods.head import MAX_LAYERS
 from deltas.sites import BackboneSpec
 
 _ADVICE = "leave out the head's files (save_adapter(..., with_head=False)) unless you trained it"
-_LANGUAGE_MODEL = ("lm_head.", "cls.predictions.")
+_LANGUAGE_MODEL = ("lm_head.", "cls.predictions.", "vocab_", "final_logits_bias")
 
 
 def _no_pooler(key: str, value: object) -> None:
@@ -57,7 +57,13 @@ _STATIC = {
         "first",
         {"classifier.dense": "tanh", "classifier.out_proj": "identity"},
     ),
+    "DistilBertForSequenceClassification": (
+        "classify",
+        "first",
+        {"pre_classifier": "relu", "classifier": "identity"},
+    ),
     "BertForTokenClassification": ("tag", "none", {"classifier": "identity"}),
+    "DistilBertForTokenClassification": ("tag", "none", {"classifier": "identity"}),
     "RobertaForTokenClassification": ("tag", "none", {"classifier": "identity"}),
     "GPT2ForTokenClassification": ("tag", "none", {"classifier": "identity"}),
     "GPT2ForSequenceClassification": ("classify", "last", {"score": "identity"}),

@@ -99,7 +99,7 @@ def prompt(config: Mapping[str, Any], keys: Keys, where: str) -> PlannedComponen
     """One prompt configuration. Raises :class:`InvalidDelta` or :class:`UnsupportedDelta`."""
     check_config(config, PROMPT_KEYS, where)
     options = {**PROMPT_DEFAULTS, **config}
-    if keys.spec.kind != "encoder":
+    if keys.spec.family not in ("bert", "roberta"):
         raise UnsupportedDelta(
             f"the library has no prompt tuning for {keys.spec.family}; it has for bert and roberta",
             field="architecture",

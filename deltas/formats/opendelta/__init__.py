@@ -147,7 +147,14 @@ def _added_biases(keys: Keys, spec: BackboneSpec) -> PlannedComponent:
 def _soft_prompt(
     options: Mapping[str, Any], keys: Keys, header: Header, spec: BackboneSpec
 ) -> PlannedComponent:
-    path = "encoder" if spec.kind == "encoder-decoder" else ""
+    embed = spec.sites.get("encoder.embed")
+    path = "" if embed is None else embed.path.rpartition(".")[0]
+    if embed is not None and embed.scale != 1.0:
+        raise UnsupportedDelta(
+            "behind a soft prompt the library leaves the tokens' embeddings as they are, without the backbone's "
+            f"factor of {embed.scale:g}",
+            field="delta_type",
+        )
     if set(keys.parts) != {path}:
         place = f"{path}.soft_prompt_layer" if path else "soft_prompt_layer"
         raise InvalidDelta(f"a soft prompt must be at {place}", field=place)

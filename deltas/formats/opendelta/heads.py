@@ -37,6 +37,10 @@ _HEADS: Mapping[tuple[str, str], _Layers] = {
     ("roberta", _CLASSIFIES): _Layers(
         ("classifier.dense", "classifier.out_proj"), ("tanh", "identity"), "first", "classify"
     ),
+    ("distilbert", _CLASSIFIES): _Layers(
+        ("pre_classifier", "classifier"), ("relu", "identity"), "first", "classify"
+    ),
+    ("distilbert", _TAGS): _TAGGER,
     ("gpt2", _CLASSIFIES): _SCORE,
     ("llama", _CLASSIFIES): _SCORE,
     ("bert", _TAGS): _TAGGER,

@@ -56,6 +56,20 @@ _BERT: tuple[_Line, ...] = (
     ("output.dense", "ff@.w2@", "mlp.out", ""),
     ("output.LayerNorm", "ff@.layer_norm@", "mlp.norm", ""),
 )
+# Without a table there: no common names. Its attention is called by keyword, so a parallel adapter cannot read there.
+_DISTILBERT: tuple[_Line, ...] = (
+    ("", "", "mlp.norm", "+attn"),
+    ("attention", "", "attn.out", ""),
+    ("attention.q_lin", "", "attn.q", "+attn"),
+    ("attention.k_lin", "", "attn.k", "+attn"),
+    ("attention.v_lin", "", "attn.v", "+attn"),
+    ("attention.out_lin", "", "attn.out", ""),
+    ("sa_layer_norm", "", "attn.norm", ""),
+    ("ffn", "", "mlp.out", "+mlp"),
+    ("ffn.lin1", "", "mlp.up", "+mlp"),
+    ("ffn.lin2", "", "mlp.out", ""),
+    ("output_layer_norm", "", "mlp.norm", ""),
+)
 _GPT2: tuple[_Line, ...] = (
     ("", "", "+mlp.out", "+attn"),
     ("ln_1", "attn@.layer_norm@", "attn.norm", "+attn"),
@@ -67,7 +81,7 @@ _GPT2: tuple[_Line, ...] = (
     ("mlp.c_fc", "ff@.w1@", "mlp.up", "mlp"),
     ("mlp.c_proj", "ff@.w2@", "mlp.out", ""),
 )
-# Without a table there: no common names. Its attention is called by keyword, so a parallel adapter cannot read there.
+# As little of a table.
 _LLAMA: tuple[_Line, ...] = (
     ("", "", "+mlp.out", "+attn"),
     ("self_attn", "", "attn.out", ""),
@@ -112,6 +126,27 @@ def _t5_attention(path: str, module: str, name: str, common: str, keys: str) -> 
     yield f"{path}.layer_norm", f"{common}.layer_norm@", f"{name}.norm", f"+{name}"
 
 
+def _bart(decoder: bool) -> Iterator[_Line]:
+    """Without a table there: no common names. Attentions are called by keyword: a parallel adapter cannot read there."""
+    yield "", "", "mlp.norm", "+attn"
+    yield from _bart_attention("self_attn", "attn", "+attn")
+    if decoder:
+        yield from _bart_attention("encoder_attn", "cross", "")
+    yield "fc1", "", "mlp.up", "+mlp"
+    yield "fc2", "", "mlp.out", ""
+    yield "final_layer_norm", "", "mlp.norm", ""
+
+
+def _bart_attention(path: str, name: str, keys: str) -> Iterator[_Line]:
+    """``keys`` as for T5."""
+    yield path, "", f"{name}.out", "", "kv" if keys else ""
+    yield f"{path}.k_proj", "", f"{name}.k", keys
+    yield f"{path}.v_proj", "", f"{name}.v", keys
+    yield f"{path}.q_proj", "", f"{name}.q", f"+{name}"
+    yield f"{path}.out_proj", "", f"{name}.out", ""
+    yield f"{path}_layer_norm", "", f"{name}.norm", ""
+
+
 @dataclass(frozen=True, slots=True)
 class _Stack:
     """Where layers are: their path and common name, a number to follow, and their modules."""
@@ -124,8 +159,13 @@ class _Stack:
 _STACKS: Mapping[str, Mapping[str, _Stack]] = {
     "bert": {"layers.": _Stack("bert.encoder.layer", "bert.encoder@.block@", _BERT)},
     "roberta": {"layers.": _Stack("roberta.encoder.layer", "roberta.encoder@.block@", _BERT)},
+    "distilbert": {"layers.": _Stack("distilbert.transformer.layer", "", _DISTILBERT)},
     "gpt2": {"layers.": _Stack("transformer.h", "transformer.decoder@.block@", _GPT2)},
     "llama": {"layers.": _Stack("model.layers", "", _LLAMA)},
+    "bart": {
+        "encoder.layers.": _Stack("model.encoder.layers", "", tuple(_bart(decoder=False))),
+        "decoder.layers.": _Stack("model.decoder.layers", "", tuple(_bart(decoder=True))),
+    },
     "t5": {
         "encoder.layers.": _Stack("encoder.block", "encoder@.block@", tuple(_t5(decoder=False))),
         "decoder.layers.": _Stack("decoder.block", "decoder@.block@", tuple(_t5(decoder=True))),
@@ -139,7 +179,7 @@ _COMMON = {
 }
 _ENDS = ".attn.kv"  # every layer has this site
 
-TABLED = frozenset(_STACKS) - {"llama"}
+TABLED = frozenset(_STACKS) - {"bart", "distilbert", "llama"}
 """The families that OpenDelta has common names for."""
 
 

@@ -198,7 +198,8 @@ def tinylora(reading: Reading) -> None:
     """The trained numbers are shared by groups of modules, dealt in the order of the model's modules."""
     saved = reading.config.get("save_projection", True)
     names = {"tinylora_A": "A", "tinylora_B": "B"} | ({"tinylora_P": "P"} if saved else {})
-    modules = tuned(reading, names, _BOTH)
+    by_site = {module.site: module for module in tuned(reading, names, _BOTH)}
+    modules = [by_site[site] for site in reading.spec.in_module_order(by_site)]
     tying = number(reading.config.get("weight_tying", 0.0), "weight_tying")
     if not 0 <= tying <= 1:
         raise InvalidDelta("weight_tying must be from 0 to 1", field="weight_tying")

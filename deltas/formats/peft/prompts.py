@@ -6,6 +6,7 @@ from typing import Any
 
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.formats.header import shown
+from deltas.formats.peft.heads import head_modules
 from deltas.formats.peft.keys import Keys, prompts
 from deltas.formats.peft.reading import Reading
 from deltas.formats.plan import one_of, printable
@@ -13,6 +14,8 @@ from deltas.formats.sources import Derived, Source
 from deltas.sites import SiteKind
 
 _KEY = "prompt_embeddings"
+WITHOUT_CACHE = ("distilbert", "modernbert")
+"""Families whose models take no keys and values from outside: PEFT has no prefix tuning there."""
 
 PROMPT_KEYS: Keys = prompts(
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"
@@ -54,9 +57,13 @@ def prefix(reading: Reading) -> None:
     """Keys and values of every layer: slots ``[2 layers, kv_heads, head_dim]`` of each token, key and value in turn.
 
     For T5 PEFT repeats the slots and gives decoder layer l the slots 4l and 4l + 1 of them, counted around; the encoder
-    gets none.
+    gets none. Refused for models that take no cache: PEFT's prefix changes nothing there, or is an error.
     """
     spec = reading.spec
+    if spec.family in WITHOUT_CACHE:
+        raise UnsupportedDelta(
+            f"PEFT hands a prefix over in a cache, which {spec.family} does not take", field="peft_type"
+        )
     copies = _submodules(reading)
     count = _tokens(reading, 1)
     layers = [site for site in spec.of_kind(SiteKind.KV) if ".cross." not in site.name]
@@ -114,7 +121,8 @@ def _tokens(reading: Reading, copies: int) -> int:
 def refuse_saved(reading: Reading) -> None:
     """PEFT never applies ``modules_to_save`` with prompts, but for a task's head."""
     names = reading.config.get("modules_to_save")
-    heads = {"classifier", "score", *(["pooler"] if reading.config.get("task_type") == "SEQ_CLS" else [])}
+    modules = head_modules(reading.spec, reading.config.get("task_type"))
+    heads = {"classifier", "score", *(path.rpartition(".")[0].rpartition(".")[2] for path in modules)} - {""}
     if names and (not isinstance(names, list) or set(map(str, names)) - heads):
         raise UnsupportedDelta(
             f"modules_to_save is {shown(names)}; with a prompt PEFT applies none but a head",

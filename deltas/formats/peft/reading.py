@@ -56,12 +56,12 @@ class Reading:
         return key
 
     def site(self, key: str, path: str) -> Site | None:
-        """The site of a module. Refuses T5's ``shared``, a change of which changes nothing in PEFT."""
+        """The site of a module. Refuses an encoder-decoder's ``shared``, a change of which changes nothing in PEFT."""
         site = self.spec.site_at(path)
-        if site is not None and site.path == "shared":
+        if site is not None and site.name == "embed" and site.refused:
             raise UnsupportedDelta(
-                f"{shown(key)}: T5 never calls 'shared', so PEFT's change of it changes nothing; train "
-                "'embed_tokens'",
+                f"{shown(key)}: {self.spec.family.upper()} never calls 'shared', so PEFT's change of it changes "
+                "nothing; train 'embed_tokens'",
                 field=key,
             )
         return site

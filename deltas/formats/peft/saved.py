@@ -11,6 +11,7 @@ from typing import Any
 from deltas.errors import InvalidDelta
 from deltas.formats.files import listed
 from deltas.formats.header import shown
+from deltas.formats.peft.heads import head_modules
 from deltas.formats.peft.keys import TASKS
 from deltas.formats.peft.reading import PREFIX, Reading, split_key
 from deltas.formats.sources import Derived, Given, Source, Zeros
@@ -33,6 +34,7 @@ def read_saved(reading: Reading) -> None:
     ):
         raise InvalidDelta("modules_to_save must be a list of names", field="modules_to_save")
     bias = reading.config.get("bias", "none")
+    of_head = head_modules(reading.spec, reading.config.get("task_type"))
     if bias == "all":
         _inner(reading)
     found: dict[str, Source] = {}
@@ -41,6 +43,8 @@ def read_saved(reading: Reading) -> None:
         if split is None:
             continue
         path, parameter = split
+        if path in of_head:
+            continue
         wrapped = path.removesuffix(".base_layer")
         if wrapped != path:
             _base_layer(reading, key, wrapped, parameter, bias, found)
@@ -163,9 +167,9 @@ def trainable_tokens(reading: Reading) -> None:
     indices = _indices(reading.config.get("token_indices"), "token_indices")
     keys = {split[0]: key for key in reading.left if (split := split_key(key, (_TOKENS,)))}
     own = [path for path in keys if _is_input(reading, path)]
-    embed = reading.spec.sites["embed"].path
-    if reading.spec.tied and not own and embed != "shared" and keys.keys() & _followers(reading).keys():
-        missing = f"{PREFIX}{embed}.{_TOKENS}"
+    embed = reading.spec.sites["embed"]
+    if reading.spec.tied and not own and not embed.refused and keys.keys() & _followers(reading).keys():
+        missing = f"{PREFIX}{embed.path}.{_TOKENS}"
         raise InvalidDelta(f"{reading.file}: missing tensors: {listed([missing])}", field=missing)
     if reading.spec.tied and own:
         first = keys.pop(own[0])
@@ -208,7 +212,7 @@ def _add_tokens(reading: Reading, key: str, path: str, indices: tuple[int, ...])
         _add_rows(reading, key, path, indices)
         return
     embed = reading.spec.sites["embed"]
-    called = [] if embed.path == "shared" else [embed]
+    called = [] if embed.refused else [embed]
     reading.claim(key)
     _add(reading, [*called, *_followers(reading).values()], key, indices)
 

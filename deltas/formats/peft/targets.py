@@ -75,7 +75,7 @@ def named_linears(config: Mapping[str, Any], spec: BackboneSpec) -> list[Site]:
                 f"{key} beside tensors that do not say where they belong; list full names in target_modules",
                 field=key,
             )
-    linears = [site for site in spec.by_path.values() if site.kind is SiteKind.LINEAR]
+    linears = spec.in_module_order(s for s in spec.by_path.values() if s.kind is SiteKind.LINEAR)
     if targets == ALL_LINEAR:
         return [site for site in linears if site.name != "head"]
     if not isinstance(targets, list):

@@ -71,7 +71,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "deft": (*_SCALES, "orthogonal"),
     "fourierft": ("scale", "seed"),
     "gralora": ("scale",),
-    "head": ("kind", "pooling", "activations", "labels"),
+    "head": ("kind", "pooling", "activations", "labels", "norm_eps"),
     "hra": ("orthogonal",),
     "ia3": ("scale",),
     "loha": _SCALES,

@@ -168,7 +168,7 @@ def unilora(component: Component, weights: SiteWeights) -> Form:
     theta = component.tensors["theta"]
     modules.tensors[f"{SHARED}unilora_theta_d"] = theta
     if config:
-        ordered = [name for name in spec.sites if name in set(config["sites"])]
+        ordered = [site.name for site in spec.in_module_order(spec.sites[name] for name in config["sites"])]
         if ordered != config["sites"]:
             raise UnsupportedDelta(
                 "its seed deals the entries out in another order of the sites than PEFT does"

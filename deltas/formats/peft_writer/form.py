@@ -79,9 +79,9 @@ class Here:
 
 
 def sites_of(component: Component, spec: BackboneSpec) -> list[Here]:
-    """The component's sites in forward order, in which PEFT meets their modules too."""
-    present = set(component.sites())
-    return [Here(site, component.at(name)) for name, site in spec.sites.items() if name in present]
+    """The component's sites in the order in which PEFT meets their modules."""
+    present = spec.in_module_order(spec.sites[name] for name in component.sites())
+    return [Here(site, component.at(site.name)) for site in present]
 
 
 def alike(values: Iterable[Any], what: str) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deltas.delta import Component
 from deltas.errors import UnsupportedDelta
+from deltas.formats.peft.prompts import WITHOUT_CACHE
 from deltas.formats.peft_writer.form import Form
 from deltas.sites import BackboneSpec, SiteKind
 from deltas.weights import SiteWeights
@@ -39,6 +40,8 @@ def prefix(component: Component, weights: SiteWeights) -> Form:
     There PEFT has slots for half of the decoder's layers: layer l and layer l + L/2 use the same.
     """
     spec = weights.spec
+    if spec.family in WITHOUT_CACHE:
+        raise UnsupportedDelta(f"PEFT hands prefixes over in a cache, which {spec.family} does not take")
     if not component.config.get("shifts_positions"):
         raise UnsupportedDelta("it leaves positions as they are; PEFT's prefixes shift them")
     sites = _layers(component, spec)

@@ -1,4 +1,4 @@
-"""Embeddings, OpenAI's way, and classification, vLLM's way, by an encoder."""
+"""Embeddings, OpenAI's way, classification and scores of pairs of texts, vLLM's way, by an encoder."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
-from server.api import encoding, kinds, models
+from server.api import encoding, kinds, models, pairs
 from server.api.auth import Caller, Served, authenticate
 from server.api.body import read_json
 from server.api.connection import while_connected
 from server.api.schemas import ClassifyRequest, EmbeddingRequest
+from server.api.schemas_tasks import ScoreRequest
 from server.api.services import Services
 from server.errors import InvalidRequest
-from server.types import Principal, Vector
+from server.types import EncoderInput, Principal, Vector, Want
 
 router = APIRouter(dependencies=[Depends(authenticate)])
 
@@ -31,7 +32,7 @@ async def embeddings(request: Request, services: Served, caller: Caller) -> JSON
     if body.dimensions is not None:
         raise InvalidRequest("This model does not support specifying dimensions.", param="dimensions")
     rows = await encoding.ids_of(body, backbone)
-    found = await _vectors(request, services, caller, rows, target, head=False)
+    found = await _vectors(request, services, caller, rows, target, Want("embedding"))
     data = [
         {
             "object": "embedding",
@@ -56,7 +57,7 @@ async def classify(request: Request, services: Served, caller: Caller) -> JSONRe
     target = await models.resolve(services, backbone, caller, body.model)
     kind, labels = kinds.head_of(target)
     rows = await encoding.ids_of(body, backbone)
-    found = await _vectors(request, services, caller, rows, target, head=True)
+    found = await _vectors(request, services, caller, rows, target, Want("head"))
     answer = {
         "id": f"classify-{request.state.request_id}",
         "object": "list",
@@ -68,16 +69,37 @@ async def classify(request: Request, services: Served, caller: Caller) -> JSONRe
     return JSONResponse(answer, headers=target.headers)
 
 
+@router.post("/score")
+async def score(request: Request, services: Served, caller: Caller) -> JSONResponse:
+    """vLLM's: how well texts go together, by a head of one output over the pair, else by their embeddings' cosine."""
+    request.state.kind = "score"
+    body = await read_json(request, ScoreRequest)
+    backbone = services.accept_work()
+    kinds.encodes(backbone)
+    target = await models.resolve(services, backbone, caller, body.model)
+    work = pairs.scores(body, services, backbone, caller.tenant, target)
+    found, tokens = await while_connected(request, services.state, work)
+    answer = {
+        "id": f"score-{request.state.request_id}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": body.model,
+        "data": [{"index": index, "object": "score", "score": value} for index, value in enumerate(found)],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+    }
+    return JSONResponse(answer, headers=target.headers)
+
+
 async def _vectors(
     request: Request,
     services: Services,
     caller: Principal,
     rows: list[list[int]],
     target: models.Target,
-    *,
-    head: bool,
+    want: Want,
 ) -> list[Vector]:
-    work = encoding.vectors(services.engine, services.metrics, caller.tenant, rows, target.delta, head=head)
+    inputs = [EncoderInput(row) for row in rows]
+    work = encoding.vectors(services.engine, services.metrics, caller.tenant, inputs, target.delta, want)
     return await while_connected(request, services.state, work)
 
 

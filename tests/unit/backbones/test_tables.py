@@ -15,9 +15,12 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    BartForConditionalGeneration,
     BertForMaskedLM,
+    DistilBertForMaskedLM,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    ModernBertForMaskedLM,
     RobertaForMaskedLM,
     T5ForConditionalGeneration,
 )
@@ -29,17 +32,23 @@ from tests.unit.backbones import tiny
 
 BACKBONES = Path(__file__).parents[2] / "oracle" / "fixtures" / "backbones"
 MODELS: dict[str, Any] = {
+    "bart": BartForConditionalGeneration,
     "bert": BertForMaskedLM,
+    "distilbert": DistilBertForMaskedLM,
     "gpt2": GPT2LMHeadModel,
     "llama": LlamaForCausalLM,
+    "modernbert": ModernBertForMaskedLM,
     "roberta": RobertaForMaskedLM,
     "t5": T5ForConditionalGeneration,
     "t5_gated": T5ForConditionalGeneration,
 }
 TOKENS, ENCODED = 7, 5
 OUTER_NORMS = {"gemma2", "gemma3_text"}
-ROTARY = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
-NEVER_CALLED = {"shared"}  # T5's stacks have token embeddings of their own, which share its weight
+ROTARY = {"gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "modernbert", "qwen2", "qwen3"}
+NEVER_CALLED = {
+    "shared",
+    "model.shared",
+}  # T5's and BART's stacks have token embeddings of their own, which share its weight
 ONLY_A_TIED_BIAS = {"bert": {"cls.predictions"}, "roberta": {"lm_head"}}
 
 
@@ -156,7 +165,7 @@ def test_blocks(backbone: Backbone, calls: Calls) -> None:
     spec = backbone.spec
     blocks = spec.of_kind(SiteKind.BLOCK)
     ends = {block.path for block in blocks}
-    norms = [s.path for s in spec.of_kind(SiteKind.NORM) if not s.heads_axis and s.path not in ends]
+    ordered = spec.of_kind(SiteKind.NORM, SiteKind.BLOCK)
     parallel = getattr(backbone.model.config, "use_parallel_residual", False)
     cross = sum(".cross." in block.name for block in blocks)
     assert len(blocks) - cross == 2 * spec.layers * (2 if spec.kind == "encoder-decoder" else 1)
@@ -165,8 +174,12 @@ def test_blocks(backbone: Backbone, calls: Calls) -> None:
         assert spec.by_path[block.path].name.endswith(last)
         residual, gave = calls.given[block.residual], calls.gave[block.path]
         if spec.pre_norm:
-            following = norms[norms.index(block.residual) + 1]
-            assert calls.given[block.inner] is calls.gave[block.residual]
+            later = ordered[ordered.index(block) + 1 :]
+            following = next(
+                s.path for s in later if s.kind is SiteKind.NORM and not s.heads_axis and s.path not in ends
+            )
+            normed = block.residual != block.inner  # ModernBERT's first layer has no norm
+            assert calls.given[block.inner] is (calls.gave[block.residual] if normed else residual)
         else:
             following = block.norm
             assert calls.given[block.inner] is residual
@@ -191,7 +204,8 @@ def test_keys_and_values(backbone: Backbone, calls: Calls) -> None:
             assert torch.equal(keys, made(spec, stem, "k", calls))
         if ".cross." in site.name:
             assert len(keys) == ENCODED
-            assert calls.given[spec.sites[f"{stem}k"].path] is calls.gave[spec.sites["encoder.norm"].path]
+            last = "encoder.norm" if spec.pre_norm else f"encoder.layers.{spec.layers - 1}.mlp.norm"
+            assert calls.given[spec.sites[f"{stem}k"].path] is calls.gave[spec.sites[last].path]
 
 
 def made(spec: BackboneSpec, stem: str, leaf: str, calls: Calls) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,9 +53,16 @@ class Harness:
         native.save(delta, path)
         return DeltaRef(delta.digest, str(path))
 
-    def submit(self, row: int, prompt: list[int], delta: DeltaRef | None = None, **sampling: object) -> None:
+    def submit(
+        self,
+        row: int,
+        prompt: list[int],
+        delta: DeltaRef | None = None,
+        source: Sequence[int] = (),
+        **sampling: object,
+    ) -> None:
         params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | sampling))
-        self.engine.receive(Submit(row, "tenant", prompt, delta, params))
+        self.engine.receive(Submit(row, "tenant", prompt, delta, params, list(source)))
 
     def wait(self, *rows: int) -> None:
         """Until each of these rows or loads has its end."""
@@ -93,10 +100,12 @@ class Harness:
 
 
 @contextmanager
-def harnesses(folder: Path) -> Iterator[Callable[..., Harness]]:
+def harnesses(
+    folder: Path, write: Callable[[Path], Path] = write_backbone
+) -> Iterator[Callable[..., Harness]]:
     """Makes engines over one tiny backbone, with changes to their settings; all are closed at the end."""
     made: list[Harness] = []
-    write_backbone(folder)
+    write(folder)
 
     def start(**changes: object) -> Harness:
         made.append(Harness(folder, **changes))

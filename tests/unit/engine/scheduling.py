@@ -14,8 +14,12 @@ _ids = count()
 
 
 def row(prompt: int, max_tokens: int = 4, tenant: str = "a", digest: str | None = None) -> Sequence:
+    """A row whose prompt begins like no other's."""
+    number = next(_ids)
     delta = None if digest is None else DeltaRef(digest, f"{digest}.safetensors")
-    return Sequence(next(_ids), tenant, [1] * prompt, SamplingParams(max_tokens=max_tokens), delta)
+    return Sequence(
+        number, tenant, [number, *[1] * (prompt - 1)][:prompt], SamplingParams(max_tokens=max_tokens), delta
+    )
 
 
 def make(**sizes: int) -> Scheduler:
@@ -75,7 +79,9 @@ class Engine:
         scheduler = self.scheduler
         decoding = {seq.id for seq in scheduler.running() if seq.decoding}
         plan = scheduler.next(self.ready)
-        self.check(plan, decoding)
+        for seq in plan.admitted:
+            self.next_token[seq.id] = seq.computed  # again, for one that was preempted
+        self.check(plan, decoding - {seq.id for seq in plan.preempted})
         for seq in plan.rejected:
             assert seq.prefix == 0
             assert self.prefixes[seq.digest] + len(seq.prompt) >= scheduler.slot_tokens

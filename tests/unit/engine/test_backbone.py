@@ -35,12 +35,12 @@ def test_served(name: str, tmp_path: Path) -> None:
     assert family(locate(folder_of(name, tmp_path))) == name
 
 
-@pytest.mark.parametrize("name", sorted(set(families()) - set(SERVED)))
-def test_a_family_with_a_table_but_no_engine_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        BackboneError, match=f"{name!r}, which the engine does not run yet; served: {LISTED}$"
-    ):
-        family(locate(folder_of(name, tmp_path)))
+def test_a_family_with_a_table_but_no_engine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.backbone.families", lambda: [*families(), "mamba"])
+    with pytest.raises(BackboneError, match=f"'mamba', which the engine does not run yet; served: {LISTED}$"):
+        family(locate(folder_of("mamba", tmp_path)))
 
 
 def test_a_family_without_a_table_is_refused(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import pytest
 
 from server.engine.batching import Batcher, EncodeJob
 from server.errors import Unavailable
-from server.types import DeltaRef
+from server.types import DeltaRef, EncoderInput, Want
 
 
 def job(row: int, tokens: int, tenant: str = "a", digest: str = "") -> EncodeJob:
-    return EncodeJob(row, tenant, [3] * tokens, DeltaRef(digest) if digest else None, False, 0.0)
+    return EncodeJob(
+        row, tenant, EncoderInput([3] * tokens), DeltaRef(digest) if digest else None, Want("embedding"), 0.0
+    )
 
 
 def batcher(**changes: int) -> Batcher:
@@ -81,7 +83,7 @@ def test_tokens_are_shared_evenly() -> None:
     tokens = {"long": 0, "short": 0}
     for _ in range(30):
         for item in rows.next(here):
-            tokens[item.tenant] += len(item.ids)
+            tokens[item.tenant] += len(item.row.ids)
     assert abs(tokens["long"] - tokens["short"]) <= 40
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertModel
+from transformers import AutoModelForMaskedLM
 
 from deltas import heads, methods
 from deltas.bank import PackedDelta
@@ -28,7 +28,7 @@ from server.engine.encoder_probe import EncoderProbe
 from tests.deltas_of_every_kind import make, served
 from tests.oracle.padded import BACKBONES, PaddedRow, PaddedRunner
 
-FAMILIES = ("bert", "roberta")
+FAMILIES = ("bert", "distilbert", "modernbert", "roberta")
 CLOSE = 1e-5
 CPU = torch.device("cpu")
 
@@ -58,9 +58,12 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 
 def prompts_and_prefixes(family: str) -> dict[str, Delta]:
-    """Virtual tokens of every sort, of different lengths."""
+    """Virtual tokens of every sort that the family takes, of different lengths."""
     spec = runner(family).backbone.spec
-    found = {f"{kind} {seed}": make(spec, kind, seed) for kind in ("prompt", "prefix") for seed in (1, 2, 3)}
+    kinds = [kind for kind in ("prompt", "prefix") if kind in served(spec)]
+    found = {f"{kind} {seed}": make(spec, kind, seed) for kind in kinds for seed in (1, 2, 3)}
+    if "embed.positions" not in spec.sites:
+        return found
     for seed, count in ((4, 2), (5, 7)):
         drawn = torch.randn(count, spec.hidden, generator=torch.Generator().manual_seed(seed))
         found[f"after the norm {seed}"] = Delta(
@@ -74,24 +77,30 @@ def test_backbone(family: str) -> None:
     """No mask is built for packed rows; positions and token types are each row's own."""
     run = runner(family)
     own = AutoModelForMaskedLM.from_pretrained(BACKBONES / family).eval()
-    kinds = own.config.type_vocab_size
+    kinds = getattr(own.config, "type_vocab_size", 0)
     masks: list[Any] = []
-    attention = run.backbone.model.base_model.encoder.layer[0].attention.self
-    seen = attention.register_forward_pre_hook(
-        lambda _module, args, kwargs: masks.append(kwargs.get("attention_mask", args[1:2] or None)),
-        with_kwargs=True,
-    )
+    layers = run.backbone.spec.of_kind(SiteKind.KV)
+    seen = [
+        run.backbone.model.get_submodule(site.path).register_forward_pre_hook(
+            lambda _module, args, kwargs: masks.append(kwargs.get("attention_mask", args[1:2] or None)),
+            with_kwargs=True,
+        )
+        for site in layers
+    ]
     rows = [
-        EncoderRow(tokens(n, n), types=[t % kinds for t in tokens(n + 90, n)]) for n in (3, 20, 7, 7, 40, 1)
+        EncoderRow(tokens(n, n), types=[t % kinds for t in tokens(n + 90, n)] if kinds else None)
+        for n in (3, 20, 7, 7, 40, 1)
     ]
     got = run.run(rows)
-    seen.remove()
-    assert masks in ([None], [(None,)])
+    for handle in seen:
+        handle.remove()
+    assert masks in ([None] * len(layers), [(None,)] * len(layers))
     for row, hidden in zip(rows, got, strict=True):
         with torch.no_grad():
-            given = {"token_type_ids": torch.tensor([row.types]), "output_hidden_states": True}
+            given = {"token_type_ids": torch.tensor([row.types])} if kinds else {}
             wanted = own(torch.tensor([row.ids]), **given)
-        assert error(hidden, wanted.hidden_states[-1][0]) < CLOSE
+            states = own.base_model(torch.tensor([row.ids]), **given).last_hidden_state
+        assert error(hidden, states[0]) < CLOSE
         logits = run.logits(hidden, None)
         assert logits is not None
         assert error(logits, wanted.logits[0]) < CLOSE
@@ -120,6 +129,24 @@ def test_every_kind_in_one_batch(family: str, mode: Mode) -> None:
         logits = run.logits(hidden[before:], row.delta)
         assert logits is not None
         assert error(logits, want) < CLOSE, name
+
+
+def test_rows_longer_than_windows() -> None:
+    """ModernBERT's rows of 3 to 500 tokens, some of one length, with and without a prompt, as its own model gives."""
+    run = runner("modernbert")
+    own = AutoModelForMaskedLM.from_pretrained(BACKBONES / "modernbert", attn_implementation="eager").eval()
+    prompt = make(run.backbone.spec, "prompt", 1)
+    packed = place(run, prompt)
+    embeddings = prompt.components[0].tensors["embeddings"]
+    lengths = (3, 500, 9, 128, 257, 9, 130, 500, 64)
+    rows = [EncoderRow(tokens(n, count), packed if n % 2 else None) for n, count in enumerate(lengths)]
+    for row, hidden in zip(rows, run.run(rows), strict=True):
+        with torch.no_grad():
+            embedded = own.get_input_embeddings()(torch.tensor([row.ids]))
+            if row.delta is not None:
+                embedded = torch.cat([embeddings[None], embedded], dim=1)
+            wanted = own.base_model(inputs_embeds=embedded).last_hidden_state[0]
+        assert error(hidden, wanted) < CLOSE, len(row.ids)
 
 
 def test_rows_of_one_delta_side_by_side_keep_apart() -> None:
@@ -228,25 +255,17 @@ def test_probe_reaches_tables_of_positions_and_types() -> None:
 # -- loading -------------------------------------------------------------------------------------------------------
 
 
-def bare_bert(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        initializer_range=0.3,
-    )
-    BertModel(config).save_pretrained(folder)
+def bare(folder: Path, family: str = "bert") -> Path:
+    """The backbone as sentence encoders are published: without the language model's head."""
+    AutoModelForMaskedLM.from_pretrained(BACKBONES / family).base_model.save_pretrained(folder)
     return folder
 
 
-def test_a_checkpoint_without_a_head_has_no_sites_there(tmp_path: Path) -> None:
-    run = EncoderRunner(backbones.load("bare", bare_bert(tmp_path), CPU, torch.float32))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_without_a_head_has_no_sites_there(family: str, tmp_path: Path) -> None:
+    run = EncoderRunner(backbones.load("bare", bare(tmp_path, family), CPU, torch.float32))
     assert not [name for name in run.backbone.spec.sites if name.startswith("head")]
-    own = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    own = AutoModelForMaskedLM.from_pretrained(BACKBONES / family).base_model.eval()
     assert run.backbone.parameters == sum(p.numel() for p in own.parameters())
     ids = tokens(1, 9)
     (hidden,) = run.run([EncoderRow(ids)])
@@ -282,7 +301,7 @@ def test_a_checkpoint_with_the_old_names_of_norms(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    bare_bert(tmp_path)
+    bare(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.bias"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

@@ -22,8 +22,8 @@ from server.engine.encoder import EncoderRow, EncoderRunner
 from server.engine.encoder_engine import EncoderEngine
 from server.engine.messages import Cancel, Drop, Encode, Encoded, Failed, Load, Loaded, Reply, Stats, Submit
 from server.engine.process import EngineConfig
-from server.types import DeltaPart, DeltaRef, EngineStats, SamplingParams
-from tests.deltas_of_every_kind import make
+from server.types import DeltaPart, DeltaRef, EncoderInput, EngineStats, SamplingParams, Want
+from tests.deltas_of_every_kind import make, served
 from tests.encoders import write_encoder
 from tests.tiny import random_delta
 
@@ -72,7 +72,8 @@ class Harness:
         head: bool = False,
         tenant: str = "t",
     ) -> None:
-        self.engine.receive(Encode(tenant, list(rows.items()), delta, head))
+        want = Want("head" if head else "embedding")
+        self.engine.receive(Encode(tenant, [(n, EncoderInput(ids)) for n, ids in rows.items()], delta, want))
 
     def wait(self, *rows: int) -> None:
         """Until each of these rows or loads has its end."""
@@ -105,8 +106,10 @@ class Harness:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "tiny", "bert")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT, unless a test asks for another family."""
+    family: str = getattr(request, "param", "bert")
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "tiny", family)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,8 @@ def alone(truth: EncoderRunner, ids: list[int], *parts: Delta, head: bool = Fals
 
 def same(got: Tensor, wanted: Tensor) -> None:
     assert got.shape == wanted.shape
-    assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    # two implementations round differently; ModernBERT makes 1.1e-5 of it here
+    assert float((got - wanted).abs().max() / wanted.abs().max()) < 2e-5
 
 
 def with_head(body: Delta, outputs: int, seed: int, pooling: str = "first") -> Delta:
@@ -158,9 +162,11 @@ def with_head(body: Delta, outputs: int, seed: int, pooling: str = "first") -> D
 POISON = Delta((Component("bitfit", {}, {"layers.0.mlp.down/beta": torch.full((32,), 3e38)}),))
 
 
+@pytest.mark.parametrize("folder", ["bert", "distilbert", "modernbert"], indirect=True)
 def test_rows_of_all_sorts_at_once(start: Callable[..., Harness], truth: EncoderRunner) -> None:
     spec = truth.backbone.spec
-    kinds = ("lora", "bottleneck", "bitfit", "prompt", "prefix", "ia3")
+    sorts = ("lora", "bottleneck", "bitfit", "prompt", "prefix", "ia3")
+    kinds = [kind for kind in sorts if kind in served(spec)]
     deltas = [make(spec, kind, n) for n, kind in enumerate(kinds)]
     classified = [with_head(delta, 2 + 30 * n, n) for n, delta in enumerate(deltas)]
     harness = start()
@@ -179,7 +185,7 @@ def test_rows_of_all_sorts_at_once(start: Callable[..., Harness], truth: Encoder
         same(harness.vectors[10 * n + 2], alone(truth, tokens(n, 9), full, head=True))
         same(harness.vectors[10 * n + 3], alone(truth, tokens(n, 9), full))
         same(harness.vectors[10 * n + 4], alone(truth, tokens(n, 8 + n)))
-    harness.wait_stats(lambda stats: stats.rows_waiting == 0 and stats.deltas_device == 12)
+    harness.wait_stats(lambda stats: stats.rows_waiting == 0 and stats.deltas_device == 2 * len(deltas))
     harness.engine.batcher.check_integrity()
 
 

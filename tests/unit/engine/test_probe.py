@@ -46,7 +46,7 @@ def place(runner: Runner, delta: Delta) -> PackedDelta:
     """As the residency does, with the backbone's own weights at hand."""
     spec = runner.backbone.spec
     patches = methods.lower(delta, spec, FrozenTensors(runner.backbone.folder))
-    return runner.prompt_prefix(pack(patches, spec, runner.backbone.dtype))
+    return runner.finish(pack(patches, spec, runner.backbone.dtype))
 
 
 def probed(runner: Runner, delta: Delta) -> ProbeResult:

@@ -66,8 +66,9 @@ def test_decode_attention(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_attention_from_a_first_key_on_and_with_capped_scores(
-    kernels: native.Kernels, threads: int, dtype: torch.dtype, softcap: float | None
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_from_a_first_key_on_and_with_capped_and_biased_scores(
+    kernels: native.Kernels, threads: int, dtype: torch.dtype, softcap: float | None, biased: bool
 ) -> None:
     firsts = torch.tensor([0, 1, 0, 40, 3, 255, 256, 0])
     lengths = torch.tensor([1, 1, 0, 16, 300, 257, 444, 700])
@@ -80,7 +81,8 @@ def test_attention_from_a_first_key_on_and_with_capped_scores(
             part[slots[row]] = float("nan")
             part[slots[row], :, seen] = inside
     q, out = torch.randn(8, 6, 32).to(dtype), torch.empty(8, 6, 32, dtype=dtype)
-    kernels.decode_attention(q, keys, values, slots, lengths, 1.0, out, firsts, softcap)
+    bias = torch.randn(6, 8, 701).transpose(0, 1) * 3 if biased else None
+    kernels.decode_attention(q, keys, values, slots, lengths, 1.0, out, firsts, softcap, bias)
     want = torch.zeros(q.shape, dtype=torch.float64)
     for row in range(8):
         seen = slice(firsts[row], firsts[row] + lengths[row])
@@ -88,6 +90,7 @@ def test_attention_from_a_first_key_on_and_with_capped_scores(
             k, v = (part[slots[row], :, seen].double().repeat_interleave(3, 0) for part in (keys, values))
             scores = torch.einsum("hd,hnd->hn", q[row].double(), k)
             scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            scores = scores if bias is None else scores + bias[row, :, : lengths[row]]
             want[row] = torch.einsum("hn,hnd->hd", scores.softmax(-1), v)
     close(out, want)
 
@@ -149,6 +152,11 @@ def test_attention_and_kv_write_refuse_bad_indices(kernels: native.Kernels) -> N
         kernels.decode_attention(q, keys, values, one.int(), one, 1.0, torch.empty_like(q))
     with pytest.raises(ValueError, match="fit"):
         kernels.decode_attention(q, keys, values[:, :, :4], one, one, 1.0, torch.empty_like(q))
+    for bias in (torch.zeros(1, 1, 4), torch.zeros(1, 2, 5), torch.zeros(1, 1, 5).double()):
+        with pytest.raises(ValueError, match="bias"):
+            kernels.decode_attention(
+                *(q, keys, values, one, torch.tensor([5]), 1.0, torch.empty_like(q)), bias=bias
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,9 +1,9 @@
--- Reads a page of tenants, oldest first.
+-- Reads a page of records, oldest first.
 --
--- KEYS  1 tenants  hash: tenant -> record
---       2 order    zset: tenants, oldest first
--- ARGV  1 the tenant after which to begin ("" for the first page)   2 how many
--- Gives {more 0|1, record ...}, or nothing when tenant 1 is not there.
+-- KEYS  1 records  hash: name -> record
+--       2 order    zset: names, oldest first
+-- ARGV  1 the name after which to begin ("" for the first page)   2 how many
+-- Gives {more 0|1, record ...}, or nothing when name 1 is not there.
 
 local first = 0
 if ARGV[1] ~= "" then
