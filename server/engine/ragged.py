@@ -45,9 +45,9 @@ class _Prefixed:
 class RaggedAttention:
     """Bidirectional attention of packed rows of ``lengths`` tokens; ``deltas`` bring prefixes by KV site.
 
-    Where there are ``kernels``, one call of them serves all rows, but with a window or a bias. Without them, rows of one
-    length without a prefix go together, as a batch that needs no mask, and a row with a prefix goes alone: the prefix is
-    its delta's and may have another length in every layer. ``entered`` ``[tokens, hidden]`` is what the attention that is
+    Where there are ``kernels``, one call of them serves all rows, but with a bias. Without them, rows of one length without
+    a prefix go together, as a batch that needs no mask, and a row with a prefix goes alone: the prefix is its delta's and
+    may have another length in every layer. ``entered`` ``[tokens, hidden]`` is what the attention that is
     being computed was given: the gates of prefixes read it too. ``bias`` is by distance, if there is one.
     """
 
@@ -102,14 +102,14 @@ class RaggedAttention:
             _Prefixed(row, tokens, delta.prefixes.get(getattr(module, SITE)))
             for row, tokens, delta in self._prefixed
         ]
-        if self._kernels is None or window is not None or self._bias is not None:
+        if self._kernels is None or self._bias is not None:
             self._by_torch(q, k, v, scale, window, prefixes, out)
             return out
         opened = [(at.row, self._opened(at.prefix, at.tokens)) for at in prefixes if at.prefix is not None]
         table = self._table.copy() if opened else self._table
         for row, (keys, values) in opened:
             table[row, 2:] = keys.data_ptr(), values.data_ptr(), len(keys)
-        self._kernels.ragged_attention(table, q, k, v, scale, out)
+        self._kernels.ragged_attention(table, q, k, v, scale, out, window)
         return out
 
     def _by_torch(
