@@ -168,7 +168,7 @@ def _texts(dataset: Path | None) -> list[str]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table("", title_justify="left")
+    table = Table("", box=None)
     for column in (
         "requests",
         "failed",
@@ -180,11 +180,7 @@ def _print(report: dict[str, Any]) -> None:
         "end to end",
     ):
         table.add_column(column, justify="right")
-    by = "all"
     for group in report["groups"]:
-        if group["by"] != by:
-            table.add_section()
-            by = group["by"]
         table.add_row(
             group["name"],
             str(group["requests"]),
