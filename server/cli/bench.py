@@ -120,7 +120,10 @@ def command(
     }
     _print(report)
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            fail(f"--json: {error}")
     if report["lost"]:
         fail(f"{report['lost']} requests were started and never ended: do not use these figures")
     if not report["succeeded"]:
