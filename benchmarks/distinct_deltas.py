@@ -4,8 +4,8 @@
 
 Every point is the same requests (greedy, all new tokens forced) through the real engine loop without HTTP; request i uses
 delta i modulo the number of deltas. All deltas (rank-8 LoRAs on all linears, or ``--kinds`` in turn) are resident at every
-point, so that points differ only in how many of them are asked for. At most ``--rows`` rows run at a time, which also bounds
-how many deltas one step can mix. Points are taken in rounds and the best of each is kept; the dashed line is the backbone
+point, so that points differ only in how many of them are asked for. At most ``--rows`` rows run at a time, which bounds how
+many deltas one step can mix, too. Points are taken in rounds and the best of each is kept; the dashed line is the backbone
 without a delta. The deltas' files go to the folder for temporary files: 5 GB for 512 LoRAs of SmolLM2-135M.
 """
 
