@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import delta, serve, tenant
+from server.cli import bench, delta, serve, tenant
 
 app = typer.Typer(
     name="deltaserve",
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve", help="Run the server.")(serve.command)
+app.command("bench", help="Send requests to a running server and print what was measured.")(bench.command)
 app.add_typer(delta.app, name="delta")
 app.add_typer(tenant.app, name="tenant")
 app.add_typer(tenant.keys, name="keys")

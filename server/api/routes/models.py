@@ -52,6 +52,7 @@ def _backbone_model(backbone: Backbone) -> dict[str, Any]:
         "owned_by": "deltaserve",
         "root": backbone.info.name,
         "parent": None,
+        "kind": backbone.spec.kind,
         "max_model_len": backbone.info.max_model_len,
     }
 
