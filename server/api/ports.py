@@ -11,8 +11,11 @@ from server.types import (
     BackboneInfo,
     DeltaRef,
     EngineStats,
+    PinTier,
     ProbeResult,
+    Residence,
     SamplingParams,
+    Tier,
     TokenEvent,
     Vector,
 )
@@ -62,6 +65,7 @@ class Engine(Protocol):
     """The only door to the engine process (``server/engine/client.py``)."""
 
     on_stats: Callable[[EngineStats], None] | None
+    on_ready: Callable[[], None] | None
     restarts: int
 
     @property
@@ -101,5 +105,11 @@ class Engine(Protocol):
     ) -> list[Vector]: ...
 
     async def load(self, delta: DeltaRef) -> ProbeResult: ...
+
+    async def place(self, delta: DeltaRef, tier: Tier, pin: PinTier | None) -> Residence: ...
+
+    async def where(self, digest: str) -> Residence: ...
+
+    def pin(self, digest: str, tier: PinTier | None) -> None: ...
 
     def drop(self, digest: str) -> None: ...

@@ -9,6 +9,7 @@
 --       7 quarantined  hash: digest -> reason
 --       8 counts       hash
 --       9 answers      zset: names of the tenant's remembered answers
+--      10 pins         hash: TENANT/NAME@VERSION -> TIER:DIGEST
 -- ARGV  1 tenant   2 what its delta hashes' names begin with (the rest is the delta's name; they depend on 5)
 -- Gives the digests that no version of any tenant refers to any more, or nothing when there is no such tenant.
 
@@ -31,6 +32,7 @@ for _, name in ipairs(names) do
   for i = 1, #fields, 2 do
     if string.sub(fields[i], 1, 2) == "g:" then
       local digest = fields[i + 1]
+      redis.call("HDEL", KEYS[10], ARGV[1] .. "/" .. name .. "@" .. string.sub(fields[i], 3))
       redis.call("HINCRBY", KEYS[8], "versions", -1)
       if redis.call("HINCRBY", KEYS[6], digest, -1) == 0 then
         redis.call("HDEL", KEYS[6], digest)

@@ -108,6 +108,7 @@ class TenantStore:
                     keys.quarantined,
                     keys.counts,
                     keys.idempotency_index(name),
+                    keys.pins,
                 ],
                 args=[name, keys.delta(name, "")],
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from deltas.bank import PackedDelta
 from deltas.delta import Component, Delta
 from deltas.formats import native
 from deltas.sites import BackboneSpec, SiteKind
-from server.engine.residency import LoadFailure, Residency
+from server.engine.loaders import LoadFailure
+from server.engine.residency import Residency
 from server.types import DeltaPart, DeltaRef
 from tests.tiny import llama_config
 
@@ -34,7 +36,9 @@ def lora(rank: int, seed: int) -> Delta:
 class Tiers:
     """A residency whose loaders can be waited for."""
 
-    def __init__(self, folder: Path, *, device_bytes: int, host_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, folder: Path, *, device_bytes: int, host_bytes: int = 1 << 30, pinned_share: float = 0.5
+    ) -> None:
         self.folder = folder
         self.woken: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.left: list[PackedDelta] = []
@@ -44,6 +48,7 @@ class Tiers:
             torch.device("cpu"),
             device_bytes=device_bytes,
             host_bytes=host_bytes,
+            pinned_share=pinned_share,
             finish=lambda delta: delta,
             forget=self.left.append,
             wake=lambda: self.woken.put(None),
@@ -75,7 +80,7 @@ class Tiers:
 def make(tmp_path: Path) -> Iterator[Callable[..., Tiers]]:
     made: list[Tiers] = []
 
-    def start(**budgets: int) -> Tiers:
+    def start(**budgets: Any) -> Tiers:
         made.append(Tiers(tmp_path, **budgets))
         return made[-1]
 
