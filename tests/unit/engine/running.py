@@ -12,9 +12,9 @@ from deltas.delta import Delta
 from deltas.formats import native
 from server.engine.build import build
 from server.engine.engine import Engine
-from server.engine.messages import Failed, Loaded, Reply, Stats, Step, Submit
+from server.engine.messages import Failed, Loaded, Reply, Resides, Stats, Step, Submit
 from server.engine.process import EngineConfig
-from server.types import DeltaRef, EngineStats, ProbeResult, SamplingParams, TokenEvent
+from server.types import DeltaRef, EngineStats, ProbeResult, Residence, SamplingParams, TokenEvent
 from tests.tiny import write_backbone
 
 
@@ -44,6 +44,7 @@ class Harness:
         self.ends: dict[int, str] = {}
         self.messages: dict[int, str] = {}  # of those that failed
         self.probes: dict[int, ProbeResult] = {}
+        self.residences: dict[int, Residence] = {}
         self.stats: Stats | None = None
         self._thread = threading.Thread(target=self.engine.run)
         self._thread.start()
@@ -65,7 +66,7 @@ class Harness:
         self.engine.receive(Submit(row, "tenant", prompt, delta, params, list(source)))
 
     def wait(self, *rows: int) -> None:
-        """Until each of these rows or loads has its end."""
+        """Until each of these rows, loads or placements has its end."""
         while not set(rows) <= self.ends.keys():
             reply = self._replies.get(timeout=60)
             match reply:
@@ -80,6 +81,8 @@ class Harness:
                 case Loaded(row, result):
                     self.ends[row] = "loaded"
                     self.probes[row] = result
+                case Resides(row, residence):
+                    self.ends[row], self.residences[row] = "resides", residence
                 case Stats():
                     self.stats = reply
 

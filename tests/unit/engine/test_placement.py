@@ -1,0 +1,92 @@
+"""Placements beside running rows: answered when the delta is there, or at once when there is no room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from server.engine.messages import Cancel, Pin, Place, Where
+from server.types import DeltaRef
+from tests.tiny import random_delta
+from tests.unit.engine.running import Harness, harnesses
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Harness]]:
+    with harnesses(tmp_path_factory.mktemp("backbone")) as start:
+        yield start
+
+
+def loras(engine: Harness, count: int) -> list[DeltaRef]:
+    spec = engine.engine.runner.backbone.spec
+    return [engine.save(random_delta(spec, "lora", seed)) for seed in range(count)]
+
+
+def size_of(engine: Harness, ref: DeltaRef) -> int:
+    """On the device of an engine that has room."""
+    engine.engine.receive(Place(900, ref, "device", None))
+    engine.wait(900)
+    return engine.residences[900].bytes
+
+
+def test_no_room_is_said_at_once(make: Callable[..., Harness]) -> None:
+    wide = make()
+    a, b = loras(wide, 2)
+    size = size_of(wide, a)
+    engine = make(delta_bytes=2 * size - 1, max_model_len=256)
+    engine.submit(1, [5, 6, 7], a, max_tokens=200)
+    engine.engine.receive(Place(2, b, "device", None))
+    engine.wait(2)
+    assert engine.ends[2] == "conflict"
+    assert f"running rows {size}" in engine.messages[2]
+    engine.engine.receive(Place(3, b, "host", None))
+    engine.engine.receive(Where(4, b.digest))
+    engine.wait(3, 4, 1)
+    assert engine.residences[3].tier == engine.residences[4].tier == "host"
+    engine.engine.receive(Place(5, b, "device", None))  # the row is done
+    engine.wait(5)
+    assert engine.residences[5].tier == "device"
+
+
+def test_a_pin_holds_against_rows_and_is_bounded(make: Callable[..., Harness]) -> None:
+    wide = make()
+    a, b, c = loras(wide, 3)
+    size = size_of(wide, a)
+    engine = make(delta_bytes=int(2.5 * size), pinned_delta_share=0.5)
+    engine.engine.receive(Place(1, a, "device", "device"))
+    engine.engine.receive(Place(2, b, "device", "device"))
+    engine.wait(1, 2)
+    assert engine.residences[1].tier == "device"
+    assert engine.ends[2] == "conflict"
+    assert "--pinned-delta-share" in engine.messages[2]
+    for row, ref in enumerate((b, c, b, c), start=10):
+        engine.submit(row, [5, 6, 7], ref)
+    engine.wait(10, 11, 12, 13)
+    engine.engine.receive(Where(3, a.digest))
+    engine.engine.receive(Pin(a.digest, None))
+    engine.engine.receive(Place(4, a, "disk", None))
+    engine.engine.receive(Place(5, b, "device", "device"))
+    engine.wait(3, 4, 5)
+    assert [engine.residences[n].tier for n in (3, 4, 5)] == ["device", "disk", "device"]
+
+
+def test_what_cannot_be_read_is_said(make: Callable[..., Harness]) -> None:
+    engine = make()
+    engine.engine.receive(Place(1, DeltaRef("0" * 64, str(engine.folder / "nothing")), "host", "host"))
+    engine.wait(1)
+    assert engine.ends[1] == "invalid_delta"
+
+
+def test_room_kept_for_a_row_that_left_is_free_again(make: Callable[..., Harness]) -> None:
+    """The loop must not go to sleep while a delta that nobody waits for any more holds back another."""
+    wide = make()
+    a, b, c = loras(wide, 3)
+    size = size_of(wide, a)
+    for tokens in range(1, 12):  # one of them ends in the very step before the cancellation
+        engine = make(delta_bytes=size)
+        engine.submit(1, [5, 6, 7], a, max_tokens=tokens)
+        engine.submit(2, [5, 6, 7], b)
+        engine.submit(3, [5, 6, 7], c)
+        engine.engine.receive(Cancel(2))
+        engine.wait(1, 3)
