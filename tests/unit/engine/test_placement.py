@@ -18,23 +18,20 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Har
         yield start
 
 
-def loras(engine: Harness, count: int) -> list[DeltaRef]:
+def loras(engine: Harness, count: int) -> list[tuple[DeltaRef, int]]:
+    """Deltas and their bytes on the device, smallest first, of an engine that has room for them."""
     spec = engine.engine.runner.backbone.spec
-    return [engine.save(random_delta(spec, "lora", seed)) for seed in range(count)]
-
-
-def size_of(engine: Harness, ref: DeltaRef) -> int:
-    """On the device of an engine that has room."""
-    engine.engine.receive(Place(900, ref, "device", None))
-    engine.wait(900)
-    return engine.residences[900].bytes
+    refs = [engine.save(random_delta(spec, "lora", seed)) for seed in range(count)]
+    for number, ref in enumerate(refs):
+        engine.engine.receive(Place(number, ref, "device", None))
+    engine.wait(*range(count))
+    sizes = [engine.residences[number].bytes for number in range(count)]
+    return sorted(zip(refs, sizes, strict=True), key=lambda found: found[1])
 
 
 def test_no_room_is_said_at_once(make: Callable[..., Harness]) -> None:
-    wide = make()
-    a, b = loras(wide, 2)
-    size = size_of(wide, a)
-    engine = make(delta_bytes=2 * size - 1, max_model_len=256)
+    (a, size), (b, larger) = loras(make(), 2)
+    engine = make(delta_bytes=size + larger - 1, max_model_len=256)
     engine.submit(1, [5, 6, 7], a, max_tokens=200)
     engine.engine.receive(Place(2, b, "device", None))
     engine.wait(2)
@@ -50,10 +47,8 @@ def test_no_room_is_said_at_once(make: Callable[..., Harness]) -> None:
 
 
 def test_a_pin_holds_against_rows_and_is_bounded(make: Callable[..., Harness]) -> None:
-    wide = make()
-    a, b, c = loras(wide, 3)
-    size = size_of(wide, a)
-    engine = make(delta_bytes=int(2.5 * size), pinned_delta_share=0.5)
+    (a, size), (c, _), (b, largest) = loras(make(), 3)
+    engine = make(delta_bytes=2 * (size + largest - 1), pinned_delta_share=0.5)
     engine.engine.receive(Place(1, a, "device", "device"))
     engine.engine.receive(Place(2, b, "device", "device"))
     engine.wait(1, 2)
@@ -80,11 +75,9 @@ def test_what_cannot_be_read_is_said(make: Callable[..., Harness]) -> None:
 
 def test_room_kept_for_a_row_that_left_is_free_again(make: Callable[..., Harness]) -> None:
     """The loop must not go to sleep while a delta that nobody waits for any more holds back another."""
-    wide = make()
-    a, b, c = loras(wide, 3)
-    size = size_of(wide, a)
+    (a, _), (b, _), (c, largest) = loras(make(), 3)
     for tokens in range(1, 12):  # one of them ends in the very step before the cancellation
-        engine = make(delta_bytes=size)
+        engine = make(delta_bytes=largest)
         engine.submit(1, [5, 6, 7], a, max_tokens=tokens)
         engine.submit(2, [5, 6, 7], b)
         engine.submit(3, [5, 6, 7], c)
