@@ -68,23 +68,31 @@ class Harness:
     def wait(self, *rows: int) -> None:
         """Until each of these rows, loads or placements has its end."""
         while not set(rows) <= self.ends.keys():
-            reply = self._replies.get(timeout=60)
-            match reply:
-                case Step(events):
-                    for row, event in events:
-                        assert row not in self.ends, "an event after the end"
-                        self.events.setdefault(row, []).append(event)
-                        if event.finish_reason is not None:
-                            self.ends[row] = event.finish_reason
-                case Failed(row, code, message):
-                    self.ends[row], self.messages[row] = code, message
-                case Loaded(row, result):
-                    self.ends[row] = "loaded"
-                    self.probes[row] = result
-                case Resides(row, residence):
-                    self.ends[row], self.residences[row] = "resides", residence
-                case Stats():
-                    self.stats = reply
+            self._take()
+
+    def wait_begun(self, row: int) -> None:
+        """Until it has its first token."""
+        while row not in self.events:
+            self._take()
+
+    def _take(self) -> None:
+        reply = self._replies.get(timeout=60)
+        match reply:
+            case Step(events):
+                for row, event in events:
+                    assert row not in self.ends, "an event after the end"
+                    self.events.setdefault(row, []).append(event)
+                    if event.finish_reason is not None:
+                        self.ends[row] = event.finish_reason
+            case Failed(row, code, message):
+                self.ends[row], self.messages[row] = code, message
+            case Loaded(row, result):
+                self.ends[row] = "loaded"
+                self.probes[row] = result
+            case Resides(row, residence):
+                self.ends[row], self.residences[row] = "resides", residence
+            case Stats():
+                self.stats = reply
 
     def wait_stats(self, wanted: Callable[[EngineStats], bool]) -> None:
         """Until a report says so."""

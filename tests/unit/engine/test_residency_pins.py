@@ -167,6 +167,24 @@ def test_a_deleted_delta_loses_its_pin(make: Callable[..., Tiers]) -> None:
     assert tier(tiers, ref) == "disk"
 
 
+def test_room_kept_for_a_row_that_left_is_known_to_be_free_in_the_next_step(
+    make: Callable[..., Tiers],
+) -> None:
+    """So that the loop, with nothing to run, takes that step and does not go to sleep."""
+    tiers = make(device_bytes=size_of(make, 16))
+    big, first, second = tiers.ref(16, 0), tiers.ref(2, 1), tiers.ref(2, 2)
+    tiers.fetched(big, first, second)
+    assert tiers.use(first)
+    assert not tiers.use(big)
+    assert not tiers.it.reserved_for_nobody
+    tiers.it.release(first.digest)
+    tiers.it.collect()  # the large one's row has left
+    assert not tiers.use(second)
+    assert tiers.it.reserved_for_nobody
+    tiers.it.collect()
+    assert tiers.use(second)
+
+
 def test_many_who_ask_at_once_make_one_read_off_their_own_thread(
     make: Callable[..., Tiers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
