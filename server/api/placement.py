@@ -33,22 +33,23 @@ async def place(services: Services, record: DeltaRecord, tier: Tier, *, pinned: 
     """Bring a version to a tier now, and pin it there or let it go; its ``delta.residency`` then.
 
     Another version of the same content that is pinned higher keeps it there. Raises ``Conflict`` where there is no room
-    for it or its pin, ``DeltaRefused``, ``Quarantined``, ``Unavailable``; then nothing has changed.
+    for it or its pin, ``DeltaRefused``, ``Quarantined``, ``Unavailable``; then its pin is as before.
     """
     services.accept_work()
     if record.status == "quarantined" and tier != "disk":
         raise Quarantined(f"The delta '{record.id}' is quarantined: {record.status_reason}.", param="name")
     own: PinTier | None = tier if pinned and tier != "disk" else None
     async with services.placing:
-        pins = [pin for pin in await services.registry.pins.list() if pin.version != pinned_name(record)]
-        others = _highest(pins).get(record.digest)
+        pins = await services.registry.pins.list()
+        before = _highest(pins).get(record.digest)
+        others = _highest(pin for pin in pins if pin.version != pinned_name(record)).get(record.digest)
         held: PinTier | None = "device" if "device" in (own, others) else own or others
         target: Tier = "device" if "device" in (tier, held) else held or tier
         where = await services.engine.place(_ref(services, record.digest), target, held)
         try:
             await services.registry.pins.set(record, own)
         except DeltaserveError:
-            services.engine.pin(record.digest, others)
+            services.engine.pin(record.digest, before)
             raise
     return _object(record, where, own is not None)
 
@@ -67,23 +68,26 @@ async def deleting(services: Services) -> AsyncGenerator[None, None]:
 
 async def restore(services: Services) -> None:
     """Bring every pinned delta to its tier, in an engine that has just started. One that cannot be there is logged."""
-    async with services.placing:
-        for digest, tier in _highest(await _stored(services)).items():
-            try:
-                await services.engine.place(_ref(services, digest), tier, tier)
-            except EngineRestarting:
-                return  # its successor begins anew
-            except DeltaserveError as error:
-                log.error("pin_not_restored", digest=digest, tier=tier, reason=error.message)
-
-
-async def _stored(services: Services) -> list[Pin]:
     while True:
+        async with services.placing:
+            try:
+                pins = await services.registry.pins.list()
+            except Unavailable as error:
+                log.warning("pins_not_read", reason=error.message)
+            else:
+                await _restore(services, _highest(pins))
+                return
+        await asyncio.sleep(_RETRY_SECONDS)
+
+
+async def _restore(services: Services, pins: dict[str, PinTier]) -> None:
+    for digest, tier in pins.items():
         try:
-            return await services.registry.pins.list()
-        except Unavailable as error:
-            log.warning("pins_not_read", reason=error.message)
-            await asyncio.sleep(_RETRY_SECONDS)
+            await services.engine.place(_ref(services, digest), tier, tier)
+        except EngineRestarting:
+            return  # its successor begins anew
+        except DeltaserveError as error:
+            log.error("pin_not_restored", digest=digest, tier=tier, reason=error.message)
 
 
 def _highest(pins: Iterable[Pin]) -> dict[str, PinTier]:

@@ -103,7 +103,9 @@ class Residency:
         One that left the host before its turn came is read again only when it could soon have a place: rows whose
         deltas do not fit together must not push each other's out for ever.
         """
-        if not self._is_away(ref.digest) or (len(self._loading) < LOADERS and self._short is None):
+        if not self._is_away(ref.digest) or (
+            len(self._loading) < LOADERS and self._short in (None, ref.digest)
+        ):
             self.prefetch(ref)
         found = self._on_device.get(ref.digest)
         if found is not None:

@@ -185,6 +185,21 @@ def test_room_kept_for_a_row_that_left_is_known_to_be_free_in_the_next_step(
     assert tiers.use(second)
 
 
+def test_sent_to_the_disk_while_it_waits_for_room_it_is_read_again(make: Callable[..., Tiers]) -> None:
+    tiers = make(device_bytes=size_of(make, 16))
+    big, small = tiers.ref(16, 0), tiers.ref(2, 1)
+    tiers.fetched(big, small)
+    assert tiers.use(small)
+    assert not tiers.use(big)
+    tiers.it.to_disk(big.digest)
+    tiers.it.collect()
+    assert not tiers.use(big)
+    tiers.woken.get(timeout=30)
+    tiers.it.release(small.digest)
+    tiers.it.collect()
+    assert tiers.use(big)
+
+
 def test_many_who_ask_at_once_make_one_read_off_their_own_thread(
     make: Callable[..., Tiers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
