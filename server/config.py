@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     )
     delta_bytes: int = Field(2 << 30, ge=1 << 20, description="memory for resident deltas on the device")
     host_delta_bytes: int = Field(4 << 30, ge=0, description="memory for deltas kept on the host")
+    pinned_delta_share: float = Field(
+        0.5, ge=0, le=1, description="largest share of either memory that pinned deltas may take"
+    )
     max_upload_bytes: int = Field(2 << 30, ge=1 << 10, description="largest delta upload")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine (default: all cores)")
     drain_seconds: float = Field(30.0, ge=0, description="how long running requests may finish after SIGTERM")

@@ -10,6 +10,8 @@ import msgspec
 
 DeltaStatus = Literal["ready", "quarantined", "deleted"]
 Visibility = Literal["private", "public"]
+Tier = Literal["device", "host", "disk"]
+PinTier = Literal["device", "host"]
 
 DEFAULT_TENANT = "default"
 LIVE = "live"
@@ -166,6 +168,13 @@ class ProbeResult(msgspec.Struct, frozen=True):
 
     outcome: ProbeOutcome
     message: str = ""
+
+
+class Residence(msgspec.Struct, frozen=True):
+    """The highest tier that holds a delta, and the bytes that it takes there (0 on disk: the engine does not look)."""
+
+    tier: Tier
+    bytes: int
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

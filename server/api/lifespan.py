@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from deltas.errors import DeltaError
 from server import logging
+from server.api import placement
 from server.api.services import Backbone, Services
 from server.config import Settings
 from server.engine.client import EngineClient
@@ -65,6 +66,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
         background = Background()
         stack.push_async_callback(background.stop)
         services.engine.on_stats = stats_handler(services, background)
+        services.engine.on_ready = lambda: background.start(placement.restore(services))
         await services.engine.start()
         stack.push_async_callback(services.engine.stop)
         background.start(watch_engine(services))

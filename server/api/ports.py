@@ -14,9 +14,12 @@ from server.types import (
     EncodedText,
     EncoderInput,
     EngineStats,
+    PinTier,
     ProbeResult,
+    Residence,
     SamplingParams,
     TextPiece,
+    Tier,
     TokenEvent,
     Vector,
     Want,
@@ -79,6 +82,7 @@ class Engine(Protocol):
     """The only door to the engine process (``server/engine/client.py``)."""
 
     on_stats: Callable[[EngineStats], None] | None
+    on_ready: Callable[[], None] | None
     restarts: int
 
     @property
@@ -118,5 +122,11 @@ class Engine(Protocol):
     ) -> list[Vector | DeltaserveError]: ...
 
     async def load(self, delta: DeltaRef) -> ProbeResult: ...
+
+    async def place(self, delta: DeltaRef, tier: Tier, pin: PinTier | None) -> Residence: ...
+
+    async def where(self, digest: str) -> Residence: ...
+
+    def pin(self, digest: str, tier: PinTier | None) -> None: ...
 
     def drop(self, digest: str) -> None: ...

@@ -282,6 +282,21 @@ class AliasRequest(Strict):
     version: Annotated[int, Field(ge=1, lt=2**53)]
 
 
+class ResidencyRequest(Strict):
+    """``PUT /v1/deltas/{name}/residency``."""
+
+    tier: Literal["device", "host", "disk"]
+    pinned: bool = False
+
+    @model_validator(mode="after")
+    def _pinned_somewhere(self) -> ResidencyRequest:
+        if self.pinned and self.tier == "disk":
+            raise ValueError(
+                "'pinned' needs the tier 'device' or 'host': what is stored stays on the disk anyway"
+            )
+        return self
+
+
 LimitName = Annotated[str, Field(min_length=1, max_length=64)]
 LimitValue = Annotated[float, Field(ge=0, lt=1e18)]
 

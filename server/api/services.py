@@ -75,7 +75,7 @@ class ServerState:
 @dataclass
 class Services:
     """What routes work with. ``resident`` is set by the lifespan once the engine is ready; ``exporting`` lets one delta
-    at a time be written in another library's form.
+    at a time be written in another library's form; ``placing`` is held by what changes pins.
     """
 
     settings: Settings
@@ -89,6 +89,7 @@ class Services:
     state: ServerState = field(default_factory=ServerState)
     resident: Backbone | None = None
     exporting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     on_ready: Callable[[Backbone], None] | None = None
 
     @property

@@ -20,6 +20,7 @@ from deltas.delta import Delta
 from deltas.formats import native
 from deltas.formats.files import DeltaFiles
 from deltas.weights import FrozenTensors
+from server.api import placement
 from server.api.acceptance import accept
 from server.api.archives import is_archive, unpack
 from server.api.multipart import Form
@@ -136,7 +137,8 @@ def _record_fields(delta: Delta, backbone: str, rank: int | None, metadata: dict
 
 async def remove(services: Services, tenant: str, name: str, version: int | None) -> None:
     """Delete a delta or one version of it, and what nobody refers to any more. Raises ``ModelNotFound``."""
-    forget(services, await services.deltas.delete(tenant, name, version))
+    async with placement.deleting(services):
+        forget(services, await services.deltas.delete(tenant, name, version))
 
 
 def forget(services: Services, digests: Iterable[str]) -> None:

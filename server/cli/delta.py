@@ -1,4 +1,4 @@
-"""``deltaserve delta push|ls|show|rm|alias``."""
+"""``deltaserve delta push|ls|show|rm|alias|residency``."""
 
 from __future__ import annotations
 
@@ -107,6 +107,29 @@ def alias(
             json={"version": version},
         )
     console.print(f"{name}@{alias} is now {name}@{version}")
+
+
+@app.command()
+def residency(
+    name: Annotated[str, typer.Argument(help="NAME, NAME@VERSION or NAME@ALIAS.")],
+    tier: Annotated[str | None, typer.Option(help="Bring it to device, host or disk.")] = None,
+    pin: Annotated[bool | None, typer.Option("--pin/--unpin", help="Keep it there, or let it go.")] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Show which tier a delta is in, or bring it to one."""
+    path = f"{_PATH}/{quote(name, safe='@/')}/residency"
+    with Client(url, key) as client:
+        found = client.json("GET", path)
+        if tier is not None or pin is not None:
+            kept = found["pinned"] and tier != "disk" if pin is None else pin
+            body = {"tier": tier or found["tier"], "pinned": kept}
+            found = client.json("PUT", path, json=body)
+    pinned = ", pinned" if found["pinned"] else ""
+    console.print(
+        f"{found['name']}@{found['version']}: {found['tier']}{pinned}, {_size(found['bytes'])}",
+        soft_wrap=True,
+    )
 
 
 def files_of(paths: list[Path]) -> list[Path]:

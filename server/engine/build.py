@@ -111,6 +111,7 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | Encod
         send=send,
         delta_bytes=config.delta_bytes,
         host_delta_bytes=config.host_delta_bytes,
+        pinned_delta_share=config.pinned_delta_share,
     )
 
 

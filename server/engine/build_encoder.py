@@ -48,4 +48,5 @@ def encoder_engine(config: EngineConfig, backbone: Backbone, send: Callable[[Rep
         send=send,
         delta_bytes=config.delta_bytes,
         host_delta_bytes=config.host_delta_bytes,
+        pinned_delta_share=config.pinned_delta_share,
     )

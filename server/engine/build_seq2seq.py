@@ -76,6 +76,7 @@ def seq2seq_engine(
         send=send,
         delta_bytes=config.delta_bytes,
         host_delta_bytes=config.host_delta_bytes,
+        pinned_delta_share=config.pinned_delta_share,
     )
 
 

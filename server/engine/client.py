@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -27,16 +28,22 @@ from server.engine.messages import (
     Fatal,
     Load,
     Loaded,
+    Pin,
+    Place,
     Progress,
     Ready,
     Reply,
+    Request,
+    Resides,
     Stats,
     Step,
     Submit,
+    Where,
 )
 from server.engine.process import EngineConfig, python_path
 from server.engine.wire import ApiSide
 from server.errors import (
+    Conflict,
     ContextTooLong,
     DeltaRefused,
     DeltaserveError,
@@ -53,8 +60,11 @@ from server.types import (
     DeltaRef,
     EncoderInput,
     EngineStats,
+    PinTier,
     ProbeResult,
+    Residence,
     SamplingParams,
+    Tier,
     TokenEvent,
     Vector,
     Want,
@@ -65,6 +75,7 @@ log = structlog.get_logger(__name__)
 ERRORS: dict[str, type[DeltaserveError]] = {
     cls.code: cls
     for cls in (
+        Conflict,
         ContextTooLong,
         DeltaRefused,
         InvalidComposition,
@@ -79,7 +90,8 @@ STOP_SECONDS = 5.0
 LONGEST_PAUSE = 30.0
 MOST_FAILED_STARTS = 5  # then it is not going to work, and saying so is better than trying for ever
 
-_Event = TokenEvent | Vector | ProbeResult | DeltaserveError
+_Event = TokenEvent | Vector | ProbeResult | Residence | DeltaserveError
+_Answer = TypeVar("_Answer", ProbeResult, Residence)
 
 
 class EngineClient:
@@ -106,6 +118,7 @@ class EngineClient:
         self.fatal: str | None = None
         self.restarts = 0
         self.on_stats: Callable[[EngineStats], None] | None = None
+        self.on_ready: Callable[[], None] | None = None  # each time that a process is
 
     async def start(self) -> None:
         """Starts the process and its supervision; returns at once. :meth:`wait_ready` waits."""
@@ -226,17 +239,36 @@ class EngineClient:
 
         Raises :class:`DeltaRefused` if it cannot be there, :class:`InvalidComposition` for a sum of good deltas.
         """
-        async with self._conversation() as (request_id, side, events):
-            side.send(Load(request_id, delta))
-            while not isinstance(event := await events.get(), ProbeResult):
-                if isinstance(event, DeltaserveError):
-                    raise event
-            return event
+        return await self._ask(lambda request_id: Load(request_id, delta), ProbeResult)
+
+    async def place(self, delta: DeltaRef, tier: Tier, pin: PinTier | None) -> Residence:
+        """Brings a delta to a tier now, and keeps it from now on where ``pin`` says (None: nowhere). Where it is then.
+
+        Raises :class:`Conflict` if there is no room for it or for its pin, :class:`DeltaRefused` if it cannot be there.
+        """
+        return await self._ask(lambda request_id: Place(request_id, delta, tier, pin), Residence)
+
+    async def where(self, digest: str) -> Residence:
+        """Which tier a delta is in."""
+        return await self._ask(lambda request_id: Where(request_id, digest), Residence)
+
+    def pin(self, digest: str, tier: PinTier | None) -> None:
+        """Keeps a delta in this tier from now on if it is there, or lets it go."""
+        if self._side is not None:
+            self._side.send(Pin(digest, tier))
 
     def drop(self, digest: str) -> None:
         """Forgets a delta, and every sum it is part of, in every tier, once its running rows are done."""
         if self._side is not None:
             self._side.send(Drop(digest))
+
+    async def _ask(self, request: Callable[[int], Request], answer: type[_Answer]) -> _Answer:
+        async with self._conversation() as (request_id, side, events):
+            side.send(request(request_id))
+            while not isinstance(event := await events.get(), answer):
+                if isinstance(event, DeltaserveError):
+                    raise event
+            return event
 
     @contextlib.asynccontextmanager
     async def _conversation(self) -> AsyncGenerator[tuple[int, ApiSide, asyncio.Queue[_Event]], None]:
@@ -297,6 +329,8 @@ class EngineClient:
                 if isinstance(reply, Ready):
                     self.info, self._side = reply.info, side
                     self._ready.set()
+                    if self.on_ready is not None:
+                        self.on_ready()
                 else:
                     self._take(reply)
             return self._side is not None
@@ -316,7 +350,7 @@ class EngineClient:
             case Failed(request_id, code, message):
                 if (queue := self._waiting.get(request_id)) is not None:
                     queue.put_nowait(ERRORS.get(code, RowFailed)(message))
-            case Loaded(request_id, result):
+            case Loaded(request_id, result) | Resides(request_id, result):
                 if (queue := self._waiting.get(request_id)) is not None:
                     queue.put_nowait(result)
             case Stats(stats):

@@ -42,6 +42,7 @@ class EncoderEngine(StepLoop):
         send: Callable[[Reply], None],
         delta_bytes: int,
         host_delta_bytes: int,
+        pinned_delta_share: float,
     ) -> None:
         super().__init__(
             info,
@@ -52,6 +53,7 @@ class EncoderEngine(StepLoop):
             forget=runner.forget,
             delta_bytes=delta_bytes,
             host_delta_bytes=host_delta_bytes,
+            pinned_delta_share=pinned_delta_share,
         )
         self.runner = runner
         self.batcher = batcher

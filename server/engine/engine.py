@@ -49,6 +49,7 @@ class Engine(StepLoop):
         send: Callable[[Reply], None],
         delta_bytes: int,
         host_delta_bytes: int,
+        pinned_delta_share: float,
     ) -> None:
         super().__init__(
             info,
@@ -59,6 +60,7 @@ class Engine(StepLoop):
             forget=runner.forget,
             delta_bytes=delta_bytes,
             host_delta_bytes=host_delta_bytes,
+            pinned_delta_share=pinned_delta_share,
         )
         self.runner = runner
         self.scheduler = scheduler

@@ -18,6 +18,7 @@ import structlog
 from deltas.bank import PackedDelta
 from deltas.weights import FrozenTensors
 from server.engine.backbone import Backbone
+from server.engine.loaders import LoadFailure
 from server.engine.messages import (
     Cancel,
     Drop,
@@ -25,16 +26,20 @@ from server.engine.messages import (
     Failed,
     Load,
     Loaded,
+    Pin,
+    Place,
     Reply,
     Request,
+    Resides,
     Stats,
     Submit,
+    Where,
 )
 from server.engine.probe import AnyProbe
 from server.engine.quarantine import Quarantine
-from server.engine.residency import LoadFailure, Residency
-from server.errors import DeltaRefused, InvalidComposition, Quarantined, RowFailed
-from server.types import BackboneInfo, DeltaRef, EngineStats
+from server.engine.residency import Residency
+from server.errors import Conflict, DeltaRefused, InvalidComposition, Quarantined, RowFailed
+from server.types import BackboneInfo, DeltaRef, EngineStats, ProbeResult
 
 log = structlog.get_logger(__name__)
 
@@ -63,12 +68,14 @@ class StepLoop(ABC):
         forget: Callable[[PackedDelta], None],
         delta_bytes: int,
         host_delta_bytes: int,
+        pinned_delta_share: float,
     ) -> None:
         self.info = info
         self._probe = probe
         self._send = send
         self._inbox: queue.SimpleQueue[Request | _Wake | None] = queue.SimpleQueue()
         self._loads: dict[str, list[Load]] = {}  # by digest: who waits for it
+        self._places: list[Place] = []
         self._idle = False
         self._steps = 0
         self._reported = 0.0
@@ -83,6 +90,7 @@ class StepLoop(ABC):
             weights=FrozenTensors(backbone.folder),
             device_bytes=delta_bytes,
             host_bytes=host_delta_bytes,
+            pinned_share=pinned_delta_share,
             finish=finish,
             forget=forget,
             wake=lambda: self._inbox.put(_Wake()),
@@ -125,10 +133,10 @@ class StepLoop(ABC):
         while self._take_in():
             for failure in self.residency.collect():
                 self._fail_load(failure)
-            answered = self._answer_loads()
+            answered = self._answer_places() or self._answer_loads()
             stepped = self._step()
             # else nothing changes until something arrives; a delta just tried could not make room for another
-            self._idle = not stepped and not answered
+            self._idle = not stepped and not answered and not self.residency.reserved_for_nobody
             self._report()
         self.residency.close()
 
@@ -154,7 +162,14 @@ class StepLoop(ABC):
             case Cancel(row_id):
                 self._cancel(row_id)
             case Load():
+                self.residency.prefetch(request.delta)
                 self._loads.setdefault(request.delta.digest, []).append(request)
+            case Place():
+                self._places.append(request)
+            case Pin(digest, tier):
+                self.residency.pin(digest, tier)
+            case Where(request_id, digest):
+                self._send(Resides(request_id, self.residency.where(digest)))
             case Drop(digest):
                 self.residency.drop(digest)
                 self._quarantine.forget(digest)
@@ -184,6 +199,9 @@ class StepLoop(ABC):
             what = "these deltas cannot be composed"
         for load in self._loads.pop(failure.digest, []):
             self._send(Failed(load.id, load_code, failure.message))
+        for place in [place for place in self._places if place.delta.digest == failure.digest]:
+            self._places.remove(place)
+            self._send(Failed(place.id, load_code, failure.message))
         self._fail_waiting(failure.digest, row_code, f"{what}: {failure.message}")
 
     def _answer_loads(self) -> bool:
@@ -193,13 +211,48 @@ class StepLoop(ABC):
             if delta is None:
                 continue
             del self._loads[digest]
-            result = self._probe.run(delta)
-            if result.message:
-                log.warning("probe", digest=digest, outcome=result.outcome, message=result.message)
+            result = self._try(digest, delta)
             for load in loads:
                 self._send(Loaded(load.id, result))
             return True
         return False
+
+    def _try(self, digest: str, delta: PackedDelta) -> ProbeResult:
+        result = self._probe.run(delta)
+        if result.message:
+            log.warning("probe", digest=digest, outcome=result.outcome, message=result.message)
+        return result
+
+    def _answer_places(self) -> bool:
+        """Answers the first request for a tier that can be answered now."""
+        for place in list(self._places):
+            answer = self._place(place)
+            if answer is not None:
+                self._places.remove(place)
+                self._send(answer)
+                return True
+        return False
+
+    def _place(self, place: Place) -> Reply | None:
+        """Its answer, or None while the delta is being read. For the device nobody waits: there is room or there is not."""
+        digest, tiers = place.delta.digest, self.residency
+        if place.tier == "disk":
+            tiers.to_disk(digest)
+        elif tiers.where(digest).tier == "disk":
+            tiers.prefetch(place.delta)
+            return None
+        elif (refusal := tiers.refuses_pin(digest, place.pin)) is not None:
+            return Failed(place.id, Conflict.code, refusal)
+        elif place.tier == "host":
+            tiers.to_host(digest)
+        elif (delta := tiers.resident(place.delta)) is None:
+            if tiers.where(digest).tier == "disk":
+                return None  # refused; why comes with the failures of the next step
+            return Failed(place.id, Conflict.code, tiers.no_room(digest))
+        elif (result := self._try(digest, delta)).outcome in ("not_finite", "failed"):
+            return Failed(place.id, DeltaRefused.code, f"the delta cannot be served: {result.message}")
+        tiers.pin(digest, place.pin)
+        return Resides(place.id, tiers.where(digest))
 
     # -- reports -----------------------------------------------------------------------------------------------
 

@@ -15,8 +15,11 @@ from server.types import (
     DeltaRef,
     EncoderInput,
     EngineStats,
+    PinTier,
     ProbeResult,
+    Residence,
     SamplingParams,
+    Tier,
     TokenEvent,
     Vector,
     Want,
@@ -65,6 +68,33 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     delta: DeltaRef
 
 
+class Place(msgspec.Struct, tag="place", frozen=True):
+    """Bring a delta to a tier now, and from then on keep it where ``pin`` says. Answered by ``Resides`` or ``Failed``.
+
+    ``pin`` replaces the digest's pin (None: there is none); it changes nothing where the answer is ``Failed``. ``tier``
+    is not below it.
+    """
+
+    id: int
+    delta: DeltaRef
+    tier: Tier
+    pin: PinTier | None
+
+
+class Pin(msgspec.Struct, tag="pin", frozen=True):
+    """From now on keep a delta in this tier if it is there, or let it go (None). Not answered."""
+
+    digest: str
+    tier: PinTier | None
+
+
+class Where(msgspec.Struct, tag="where", frozen=True):
+    """Which tier is a delta in? Answered by ``Resides``."""
+
+    id: int
+    digest: str
+
+
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     """The backbone is resident."""
 
@@ -96,8 +126,15 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     probe: ProbeResult
 
 
+class Resides(msgspec.Struct, tag="resides", frozen=True):
+    """Answer to ``Place`` and ``Where``: where the delta is now. Running rows can keep it above the tier asked for."""
+
+    id: int
+    residence: Residence
+
+
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """A row or a load that ended in an error. ``code`` is one of the codes in ``server/errors.py``."""
+    """A row, a load or a placement that ended in an error. ``code`` is one of the codes in ``server/errors.py``."""
 
     id: int
     code: str
@@ -116,8 +153,8 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     stats: EngineStats
 
 
-Request = Submit | Encode | Cancel | Drop | Load
-Reply = Ready | Progress | Step | Encoded | Loaded | Failed | Fatal | Stats
+Request = Submit | Encode | Cancel | Drop | Load | Place | Pin | Where
+Reply = Ready | Progress | Step | Encoded | Loaded | Resides | Failed | Fatal | Stats
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 1 << 28

@@ -42,6 +42,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int | None
     delta_bytes: int
     host_delta_bytes: int
+    pinned_delta_share: float = 0.5
     threads: int | None
     ops_mode: str | None = None
 

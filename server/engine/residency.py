@@ -1,8 +1,8 @@
 """Tiers: which deltas are on the device, which on the host, which only on disk.
 
-Loading never happens on the step loop: a small pool of threads reads, checks and packs a delta once however many
-rows ask for it; the loop collects what is done and puts it on the device if its budget has room. A row whose delta is
-not there is skipped by the scheduler, never waited for.
+Loading never happens on the step loop: the loaders read, check and pack a delta once however many rows ask for it;
+the loop collects what is done and puts it on the device if its budget has room. A row whose delta is not there is
+skipped by the scheduler, never waited for.
 """
 
 from __future__ import annotations
@@ -10,32 +10,16 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from deltas import methods
 from deltas.bank import PackedDelta
-from deltas.delta import Delta
 from deltas.errors import DeltaError
-from deltas.formats import native
-from deltas.pack import pack
 from deltas.sites import BackboneSpec
 from deltas.weights import Source
-from server.types import DeltaPart, DeltaRef
-
-LOADERS = 2
-
-
-@dataclass(frozen=True)
-class LoadFailure:
-    """A delta that could not be brought to the device. ``of_sum``: its parts are sound, what is asked of them is not."""
-
-    digest: str
-    message: str
-    of_sum: bool = False
+from server.engine.loaders import LOADERS, Loaders, LoadFailure
+from server.types import DeltaRef, PinTier, Residence
 
 
 @dataclass(eq=False)
@@ -59,6 +43,9 @@ class Residency:
 
     A sum of deltas is a delta like any other here, but that it goes when one of its parts is dropped.
 
+    A pinned delta is not evicted from its tier to make room for others; pins may take ``pinned_share`` of a tier's
+    bytes, so that others can go on.
+
     ``weights`` gives the backbone's own tensors to methods that depend on them. ``finish`` turns a packed delta into
     what is kept on the device (a soft prompt's keys and values are computed there) and may refuse it with a
     :class:`DeltaError`; ``forget`` hears of every delta that leaves; ``wake`` is called from a loader thread when it
@@ -74,13 +61,13 @@ class Residency:
         weights: Source | None = None,
         device_bytes: int,
         host_bytes: int,
+        pinned_share: float,
         finish: Callable[[PackedDelta], PackedDelta],
         forget: Callable[[PackedDelta], None],
         wake: Callable[[], None],
     ) -> None:
-        self._spec, self._dtype, self._device = spec, dtype, device
-        self._weights = weights
-        self._device_bytes, self._host_bytes = device_bytes, host_bytes
+        self._device = device
+        self._device_bytes, self._host_bytes, self._pinned_share = device_bytes, host_bytes, pinned_share
         self._finish, self._forget, self._wake = finish, forget, wake
         self._on_device: OrderedDict[str, _Resident] = OrderedDict()
         self._on_host: OrderedDict[str, PackedDelta] = OrderedDict()
@@ -88,28 +75,38 @@ class Residency:
         self._sums: dict[str, frozenset[str]] = {}  # the digests of a sum's parts, for sums in any tier
         self._asked: dict[str, float] = {}  # when a delta that is not on the device was first asked for
         self._dropped: set[str] = set()
+        self._leaving: set[str] = set()  # leave the device after their last row, unless another asks
+        self._pins: dict[str, PinTier] = {}
         self._short: str | None = None  # the delta that waits for room: no other may take what it needs
         self._short_asked = False
         self._promised: set[str] = set()  # found on the device in this step: not evicted before the next
         self._done: list[tuple[str, PackedDelta | LoadFailure]] = []
         self._failed: list[LoadFailure] = []
-        self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="delta-loader")
+        self._loaders = Loaders(spec, dtype, device, weights, self._loaded)
         self.counts = Counts()
 
     def prefetch(self, ref: DeltaRef) -> None:
         """Starts reading a delta from disk, if it is in no tier above; it takes no room on the device yet."""
         digest = ref.digest
         self._dropped.discard(digest)
-        if digest not in self._on_device and digest not in self._on_host and digest not in self._loading:
+        self._leaving.discard(digest)
+        if self._is_away(digest):
             self._loading.add(digest)
             self._asked[digest] = time.monotonic()
             if ref.parts:
                 self._sums[digest] = frozenset(part.digest for part in ref.parts)
-            self._pool.submit(self._load, ref)
+            self._loaders.load(ref)
 
     def resident(self, ref: DeltaRef) -> PackedDelta | None:
-        """The delta if it is on the device, or can be put there now; otherwise None, and it is on its way."""
-        self.prefetch(ref)
+        """The delta if it is on the device, or can be put there now; otherwise None, and it comes as soon as it can.
+
+        One that left the host before its turn came is read again only when it could soon have a place: rows whose
+        deltas do not fit together must not push each other's out for ever.
+        """
+        if not self._is_away(ref.digest) or (
+            len(self._loading) < LOADERS and self._short in (None, ref.digest)
+        ):
+            self.prefetch(ref)
         found = self._on_device.get(ref.digest)
         if found is not None:
             self._on_device.move_to_end(ref.digest)
@@ -127,14 +124,18 @@ class Residency:
 
     def release(self, digest: str) -> None:
         """A row ended."""
-        self._on_device[digest].references -= 1
+        found = self._on_device[digest]
+        found.references -= 1
         if digest in self._dropped:
             self._drop(digest)
+        elif digest in self._leaving and not found.references:
+            self._evict(digest)
 
     def drop(self, digest: str) -> None:
         """The delta was deleted: it and the sums it is part of leave every tier, once their last row is done and no
         loader is at them.
         """
+        self._pins.pop(digest, None)
         self._drop(digest)
         for whole in [whole for whole, parts in self._sums.items() if digest in parts]:
             self._drop(whole)
@@ -149,6 +150,87 @@ class Residency:
         self._asked.pop(digest, None)
         if found is not None:
             self._evict(digest)
+
+    # -- tiers by the user's hand ------------------------------------------------------------------------------
+
+    def where(self, digest: str) -> Residence:
+        """The highest tier that holds the delta."""
+        if (found := self._on_device.get(digest)) is not None:
+            return Residence("device", found.delta.nbytes)
+        if (packed := self._on_host.get(digest)) is not None:
+            return Residence("host", packed.nbytes)
+        return Residence("disk", 0)
+
+    def to_host(self, digest: str) -> None:
+        """A delta of the host or the device stays on the host only, once its running rows are done."""
+        found = self._on_device.get(digest)
+        if found is None:
+            return
+        if digest not in self._on_host:
+            self._keep_on_host(digest, found.delta.to(torch.device("cpu")))
+        if found.references:
+            self._leaving.add(digest)
+        else:
+            self._evict(digest)
+
+    def to_disk(self, digest: str) -> None:
+        """A delta leaves device and host, once its running rows are done, until a row asks for it again."""
+        self._drop(digest)
+
+    def pin(self, digest: str, tier: PinTier | None) -> None:
+        """Keeps a delta in a tier from now on, or lets it go (None). Whether it may be: :meth:`refuses_pin`."""
+        if tier is None:
+            self._pins.pop(digest, None)
+        else:
+            self._pins[digest] = tier
+
+    def refuses_pin(self, digest: str, tier: PinTier | None) -> str | None:
+        """Why a delta of the host or the device cannot be pinned to a tier; None if it can."""
+        if tier is None or self._pins.get(digest) == tier:
+            return None
+        size = self.where(digest).bytes
+        budget, flag = self._device_bytes, "--delta-bytes"
+        if tier == "host":
+            budget, flag = self._host_bytes, "--host-delta-bytes"
+        others = self._pinned_bytes(tier, but=digest)
+        limit = int(budget * self._pinned_share)
+        if others + size > limit:
+            return (
+                f"the delta takes {size} bytes; pinned deltas may take {limit} in all (--pinned-delta-share "
+                f"{self._pinned_share:g} of {flag} {budget}), and others take {others} of these"
+            )
+        free = (self._on_device.keys() | self._on_host.keys()) - {digest} - self._pins.keys()
+        left, largest = budget - others - size, max((self.where(d).bytes for d in free), default=0)
+        if tier == "device" and left < largest:
+            return f"pinned, the delta would leave {left} of {flag} {budget}; the largest delta in memory takes {largest}"
+        return None
+
+    def no_room(self, digest: str) -> str:
+        """Why a delta of the host cannot be put on the device now."""
+        size, budget = self.where(digest).bytes, self._device_bytes
+        used = sum(r.delta.nbytes for r in self._on_device.values() if r.references)
+        return (
+            f"the delta needs {size} bytes on the device, of --delta-bytes {budget}; pinned deltas hold "
+            f"{self._pinned_bytes('device', but=digest)}, deltas of running rows {used}, and waiting rows come first"
+        )
+
+    def _pinned_bytes(self, tier: PinTier, *, but: str) -> int:
+        """What the pinned deltas that are in their tier take there, without one of them."""
+        held = {digest: found.delta for digest, found in self._on_device.items()}
+        if tier == "host":
+            held = dict(self._on_host)
+        return sum(
+            held[digest].nbytes
+            for digest, pinned in self._pins.items()
+            if pinned == tier and digest in held and digest != but
+        )
+
+    # -- the step ----------------------------------------------------------------------------------------------
+
+    @property
+    def reserved_for_nobody(self) -> bool:
+        """Room is kept for a delta that nobody asked for in this step; the next step frees it."""
+        return self._short is not None and not self._short_asked
 
     def collect(self) -> list[LoadFailure]:
         """Takes in what the loaders finished; says what failed. Called once a step, before deltas are asked for."""
@@ -177,6 +259,12 @@ class Residency:
         if size > budget:
             self._refuse(digest, f"the delta needs {size} bytes on the device; --delta-bytes is {budget}")
             return None
+        if size > budget - (pinned := self._pinned_bytes("device", but=digest)):
+            message = (
+                f"the delta needs {size} bytes on the device; of --delta-bytes {budget}, pins hold {pinned}"
+            )
+            self._refuse(digest, message)
+            return None
         if self._short not in (None, digest):
             return None
         if not self._make_room(size):
@@ -201,7 +289,8 @@ class Residency:
 
     def _refuse(self, digest: str, message: str) -> None:
         """A delta that was read cannot be placed; the next step hears of it."""
-        self._on_host.pop(digest)
+        if digest not in self._pins:
+            self._on_host.pop(digest)
         self._fail(LoadFailure(digest, message, of_sum=digest in self._sums))
         self._wake()
 
@@ -222,7 +311,8 @@ class Residency:
         for digest, resident in self._on_device.items():
             if over <= 0:
                 break
-            if resident.references == 0 and digest not in self._promised:
+            held = resident.references or digest in self._promised or self._pins.get(digest) == "device"
+            if not held:
                 over -= resident.delta.nbytes
                 victims.append(digest)
         if over > 0:
@@ -232,6 +322,7 @@ class Residency:
         return True
 
     def _evict(self, digest: str) -> None:
+        self._leaving.discard(digest)
         self._forget(self._on_device.pop(digest).delta)
 
     def _keep_on_host(self, digest: str, delta: PackedDelta) -> None:
@@ -241,31 +332,19 @@ class Residency:
         for old in list(self._on_host):
             if over <= 0 or old == digest:
                 break
+            if old == self._short or self._pins.get(old) == "host":
+                continue
             over -= self._on_host.pop(old).nbytes
             self._asked.pop(old, None)
 
-    def _load(self, ref: DeltaRef) -> None:
-        result: PackedDelta | LoadFailure
-        try:
-            result = self._lowered(ref)
-        except Exception as error:  # noqa: BLE001 - a loader must always answer: its rows wait for it
-            result = LoadFailure(ref.digest, f"{type(error).__name__}: {error}")
-        self._done.append((ref.digest, result))
-        self._wake()
+    def _is_away(self, digest: str) -> bool:
+        """On the disk only, and not being read."""
+        return not (digest in self._on_device or digest in self._on_host or digest in self._loading)
 
-    def _lowered(self, ref: DeltaRef) -> PackedDelta | LoadFailure:
-        """Reads and verifies every part, each by itself; only then is what fails the sum's fault."""
-        try:
-            parts = [(_read(part), part.weight) for part in ref.summands]
-            for delta, _ in parts:
-                methods.check(delta, self._spec)
-        except (DeltaError, OSError) as error:
-            return LoadFailure(ref.digest, str(error))
-        try:
-            patches = methods.lower_sum(parts, self._spec, self._weights)
-            return pack(patches, self._spec, self._dtype, pin=self._device.type == "cuda")
-        except DeltaError as error:
-            return LoadFailure(ref.digest, str(error), of_sum=bool(ref.parts))
+    def _loaded(self, digest: str, result: PackedDelta | LoadFailure) -> None:
+        """Called by a loader's thread."""
+        self._done.append((digest, result))
+        self._wake()
 
     @property
     def bytes_on_device(self) -> int:
@@ -285,11 +364,4 @@ class Residency:
 
     def close(self) -> None:
         """Stops the loaders."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _read(part: DeltaPart) -> Delta:
-    delta = native.load(Path(part.path))
-    if delta.digest != part.digest:
-        raise DeltaError(f"the stored tensors of {part.digest[:12]} are damaged: their digest differs")
-    return delta
+        self._loaders.close()

@@ -8,7 +8,8 @@
 --       3 digests      hash: digest -> number of versions
 --       4 quarantined  hash: digest -> reason
 --       5 counts       hash
--- ARGV  1 name   2 version ("" for all)
+--       6 pins         hash: TENANT/NAME@VERSION -> TIER:DIGEST
+-- ARGV  1 name   2 version ("" for all)   3 tenant
 -- Gives the digests that no version of any tenant refers to any more, or nothing when there is nothing to delete.
 
 local fields = redis.call("HGETALL", KEYS[2])
@@ -39,6 +40,7 @@ for _, gone in ipairs(doomed) do
     dropped[#dropped + 1] = gone.digest
   end
   redis.call("HDEL", KEYS[2], "v:" .. gone.version, "g:" .. gone.version, "p:" .. gone.version, "d:" .. gone.digest)
+  redis.call("HDEL", KEYS[6], ARGV[3] .. "/" .. ARGV[1] .. "@" .. gone.version)
 end
 redis.call("HINCRBY", KEYS[5], "versions", -#doomed)
 if newest == 0 then

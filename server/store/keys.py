@@ -7,6 +7,7 @@ key (after the prefix)                     type    content
 ``counts``                                 hash    ``names``, ``versions``: how many; ``serial``
 ``digests``                                hash    digest -> how many versions of any tenant refer to it
 ``quarantined``                            hash    digest -> reason
+``pins``                                   hash    TENANT/NAME@VERSION -> TIER:DIGEST
 ``tenants``                                hash    tenant -> its JSON record
 ``tenants:order``                          zset    tenant, scored by serial number: oldest first
 ``keys``                                   hash    HMAC-SHA256 of a key, hex -> its JSON record
@@ -47,6 +48,7 @@ class Keys:
         self.counts = f"{prefix}:counts"
         self.digests = f"{prefix}:digests"
         self.quarantined = f"{prefix}:quarantined"
+        self.pins = f"{prefix}:pins"
         self.tenants = f"{prefix}:tenants"
         self.tenant_order = f"{prefix}:tenants:order"
         self.api_keys = f"{prefix}:keys"

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from server.errors import InvalidRequest, ModelNotFound, NotFound, Unavailable
 from server.store.connect import as_text, load_script
 from server.store.keys import Keys
+from server.store.pins import Pins
 from server.store.reference import (
     check_alias,
     check_name,
@@ -72,6 +73,7 @@ class Registry:
         self._list = load_script(redis, "delta_list")
         self._alias = load_script(redis, "delta_alias")
         self._delete = load_script(redis, "delta_delete")
+        self.pins = Pins(redis, keys)
         self._quarantine = load_script(redis, "digest_quarantine")
 
     async def add(
@@ -181,8 +183,15 @@ class Registry:
         """
         keys = self._keys
         gone = await self._delete(
-            keys=[keys.names(tenant), self._delta(tenant, name), keys.digests, keys.quarantined, keys.counts],
-            args=[name, "" if version is None else version],
+            keys=[
+                keys.names(tenant),
+                self._delta(tenant, name),
+                keys.digests,
+                keys.quarantined,
+                keys.counts,
+                keys.pins,
+            ],
+            args=[name, "" if version is None else version, tenant],
         )
         if gone is None:
             raise _no_model(name if version is None else f"{name}@{version}")

@@ -9,7 +9,9 @@
 --       7 quarantined  hash: digest -> reason
 --       8 counts       hash
 --       9 answers      zset: names of the tenant's remembered answers
---       10 tasks, 11 their order
+--      10 tasks        hash: the tenant's tasks
+--      11 their order  zset
+--      12 pins         hash: TENANT/NAME@VERSION -> TIER:DIGEST, of all tenants
 -- ARGV  1 tenant   2 what its delta hashes' names begin with (the rest is the delta's name; they depend on 5)
 -- Gives the digests that no version of any tenant refers to any more, or nothing when there is no such tenant.
 
@@ -32,6 +34,7 @@ for _, name in ipairs(names) do
   for i = 1, #fields, 2 do
     if string.sub(fields[i], 1, 2) == "g:" then
       local digest = fields[i + 1]
+      redis.call("HDEL", KEYS[12], ARGV[1] .. "/" .. name .. "@" .. string.sub(fields[i], 3))
       redis.call("HINCRBY", KEYS[8], "versions", -1)
       if redis.call("HINCRBY", KEYS[6], digest, -1) == 0 then
         redis.call("HDEL", KEYS[6], digest)

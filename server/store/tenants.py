@@ -110,6 +110,7 @@ class TenantStore:
                     keys.idempotency_index(name),
                     keys.tasks(name),
                     keys.task_order(name),
+                    keys.pins,
                 ],
                 args=[name, keys.delta(name, "")],
             )

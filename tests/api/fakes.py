@@ -17,9 +17,12 @@ from server.types import (
     EncodedText,
     EncoderInput,
     EngineStats,
+    PinTier,
     ProbeResult,
+    Residence,
     SamplingParams,
     TextPiece,
+    Tier,
     TokenEvent,
     TokenLogprob,
     Vector,
@@ -136,6 +139,9 @@ class FakeEngine:
     info: BackboneInfo | None = INFO
     restarts: int = 0
     on_stats: Callable[[EngineStats], None] | None = None
+    on_ready: Callable[[], None] | None = None
+    tiers: dict[str, Tier] = field(default_factory=dict)
+    pins: dict[str, PinTier] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     started: queue.Queue[int] = field(default_factory=queue.Queue)
@@ -148,7 +154,7 @@ class FakeEngine:
         fresh = FakeEngine()
         for name in ("reply", "hang_after", "fail_after", "failure", "load_failure", "probe", "not_ready"):
             setattr(self, name, getattr(fresh, name))
-        for name in ("calls", "dropped", "started", "ended"):
+        for name in ("calls", "dropped", "started", "ended", "tiers", "pins"):
             setattr(self, name, getattr(fresh, name))
 
     async def start(self) -> None:
@@ -181,8 +187,25 @@ class FakeEngine:
             raise self.load_failure
         return self.probe
 
+    async def place(self, delta: DeltaRef, tier: Tier, pin: PinTier | None) -> Residence:
+        if self.load_failure is not None:
+            raise self.load_failure
+        self.tiers[delta.digest] = tier
+        self.pin(delta.digest, pin)
+        return await self.where(delta.digest)
+
+    async def where(self, digest: str) -> Residence:
+        tier = self.tiers.get(digest, "disk")
+        return Residence(tier, 0 if tier == "disk" else 1000)
+
+    def pin(self, digest: str, tier: PinTier | None) -> None:
+        self.pins.pop(digest, None)
+        if tier is not None:
+            self.pins[digest] = tier
+
     def drop(self, digest: str) -> None:
         self.dropped.append(digest)
+        self.pins.pop(digest, None)
 
     async def generate(
         self,

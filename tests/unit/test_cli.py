@@ -103,6 +103,13 @@ def test_deltas(server: Running, tmp_path: Path) -> None:
     assert "digest" in shown
     run(server, "delta", "alias", "mood", "live", "2")
     assert server.services is not None
+    assert "mood@2: disk" in run(server, "delta", "residency", "mood")
+    assert "mood@1: device, pinned" in run(
+        server, "delta", "residency", "mood@1", "--tier", "device", "--pin"
+    )
+    assert "mood@1: host, pinned" in run(server, "delta", "residency", "mood@1", "--tier", "host")
+    assert "mood@1: host, 1000 B" in run(server, "delta", "residency", "mood@1", "--unpin")
+    assert "'device' or 'host'" in run(server, "delta", "residency", "mood", "--pin", code=1)
     run(server, "delta", "rm", "mood@1")
     run(server, "delta", "rm", "mood")
     assert "does not exist" in run(server, "delta", "show", "mood", code=1)

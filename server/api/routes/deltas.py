@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api import content, idempotency, uploads
+from server.api import content, idempotency, placement, uploads
 from server.api.auth import Caller, Served, authenticate
 from server.api.body import read_json
 from server.api.delta_objects import delta_object
 from server.api.multipart import receive_form
 from server.api.paging import After, Limit, listing
-from server.api.schemas import AliasRequest
+from server.api.schemas import AliasRequest, ResidencyRequest
 from server.api.services import Services
+from server.errors import PermissionDenied
 from server.types import LIVE, DeltaRecord
 
 
@@ -94,6 +95,24 @@ async def put_alias(name: str, alias: str, request: Request, services: Served, c
     await services.registry.set_alias(caller.tenant, name, alias, body.version)
     record = await services.registry.get(caller.tenant, name, body.version)
     return JSONResponse(await _shown(services, record))
+
+
+@router.get("/{name:path}/residency")
+async def get_residency(name: str, services: Served, caller: Caller) -> Response:
+    """The tier that holds a version; ``name`` is as a request's ``model``, but no sum."""
+    record = await services.registry.resolve(caller.tenant, name)
+    return JSONResponse(await placement.show(services, record))
+
+
+@router.put("/{name:path}/residency")
+async def put_residency(name: str, request: Request, services: Served, caller: Caller) -> Response:
+    """Bring a version of the caller's own to a tier, pinned or not; answered when it is there."""
+    body = await read_json(request, ResidencyRequest)
+    record = await services.registry.resolve(caller.tenant, name)
+    if record.tenant != caller.tenant:
+        raise PermissionDenied("Only its owner places and pins a delta.", param="name")
+    placed = await placement.place(services, record, body.tier, pinned=body.pinned)
+    return JSONResponse(placed)
 
 
 @router.delete("/{name}")

@@ -12,9 +12,9 @@ from deltas.delta import Delta
 from deltas.formats import native
 from server.engine.build import build
 from server.engine.engine import Engine
-from server.engine.messages import Failed, Loaded, Reply, Stats, Step, Submit
+from server.engine.messages import Failed, Loaded, Reply, Resides, Stats, Step, Submit
 from server.engine.process import EngineConfig
-from server.types import DeltaRef, EngineStats, ProbeResult, SamplingParams, TokenEvent
+from server.types import DeltaRef, EngineStats, ProbeResult, Residence, SamplingParams, TokenEvent
 from tests.tiny import write_backbone
 
 
@@ -44,6 +44,7 @@ class Harness:
         self.ends: dict[int, str] = {}
         self.messages: dict[int, str] = {}  # of those that failed
         self.probes: dict[int, ProbeResult] = {}
+        self.residences: dict[int, Residence] = {}
         self.stats: Stats | None = None
         self._thread = threading.Thread(target=self.engine.run)
         self._thread.start()
@@ -65,23 +66,33 @@ class Harness:
         self.engine.receive(Submit(row, "tenant", prompt, delta, params, list(source)))
 
     def wait(self, *rows: int) -> None:
-        """Until each of these rows or loads has its end."""
+        """Until each of these rows, loads or placements has its end."""
         while not set(rows) <= self.ends.keys():
-            reply = self._replies.get(timeout=60)
-            match reply:
-                case Step(events):
-                    for row, event in events:
-                        assert row not in self.ends, "an event after the end"
-                        self.events.setdefault(row, []).append(event)
-                        if event.finish_reason is not None:
-                            self.ends[row] = event.finish_reason
-                case Failed(row, code, message):
-                    self.ends[row], self.messages[row] = code, message
-                case Loaded(row, result):
-                    self.ends[row] = "loaded"
-                    self.probes[row] = result
-                case Stats():
-                    self.stats = reply
+            self._take()
+
+    def wait_begun(self, row: int) -> None:
+        """Until it has its first token."""
+        while row not in self.events:
+            self._take()
+
+    def _take(self) -> None:
+        reply = self._replies.get(timeout=60)
+        match reply:
+            case Step(events):
+                for row, event in events:
+                    assert row not in self.ends, "an event after the end"
+                    self.events.setdefault(row, []).append(event)
+                    if event.finish_reason is not None:
+                        self.ends[row] = event.finish_reason
+            case Failed(row, code, message):
+                self.ends[row], self.messages[row] = code, message
+            case Loaded(row, result):
+                self.ends[row] = "loaded"
+                self.probes[row] = result
+            case Resides(row, residence):
+                self.ends[row], self.residences[row] = "resides", residence
+            case Stats():
+                self.stats = reply
 
     def wait_stats(self, wanted: Callable[[EngineStats], bool]) -> None:
         """Until a report says so."""
