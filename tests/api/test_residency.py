@@ -145,7 +145,10 @@ def test_a_pin_goes_with_its_version(
     assert tenant.get("/v1/deltas/mood/residency").json()["pinned"] is False
 
 
-def test_a_tenants_pins_go_with_it(server: Running, digest: str, files: dict[str, Path]) -> None:
+def test_a_tenants_pins_go_with_it_and_no_others(
+    tenant: httpx.Client, server: Running, digest: str, files: dict[str, Path]
+) -> None:
+    put(tenant, "mood", "host", pinned=True)
     with server.client() as admin:
         key = admin.post("/v1/tenants", json={"name": "short-lived"}).json()["key"]
         with server.client(key) as client:
@@ -153,7 +156,8 @@ def test_a_tenants_pins_go_with_it(server: Running, digest: str, files: dict[str
             put(client, "same", "device", pinned=True)
         assert server.engine.pins == {digest: "device"}
         assert admin.delete("/v1/tenants/short-lived").status_code == 200
-    assert server.engine.pins == {}
+    assert server.engine.pins == {digest: "host"}
+    assert tenant.get("/v1/deltas/mood/residency").json()["pinned"] is True
 
 
 def test_a_new_engine_gets_the_pins(tenant: httpx.Client, server: Running, digest: str) -> None:
