@@ -47,7 +47,7 @@ def once(args: argparse.Namespace, running: RunningEngine, refs: list[Any], turn
         return sum(bool(event.finish_reason) for _, event in reply.events) if isinstance(reply, Step) else 0
 
     running.wait(args.requests, ended)
-    return args.requests * args.new / (time.perf_counter() - began)
+    return float(args.requests * args.new / (time.perf_counter() - began))
 
 
 def measure(args: argparse.Namespace, folder: Path, scratch: Path) -> dict[int, float]:

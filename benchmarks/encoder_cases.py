@@ -68,7 +68,7 @@ def cut(rows: Sequence[Any], size: int) -> list[Any]:
 
 def parts(steps: Sequence[Any], rows: Sequence[Any], args: argparse.Namespace) -> int:
     """How many steps are as many rows as a batch has."""
-    return max(1, len(steps) * args.batch // len(rows))
+    return max(1, int(len(steps) * args.batch // len(rows)))
 
 
 def clock(args: argparse.Namespace) -> Callable[[], float]:
@@ -117,7 +117,7 @@ def by_runner(args: argparse.Namespace, rows: list[list[int]]) -> Cases:
     from server.engine import backbone as backbones
     from server.engine.batching import Batcher, EncodeJob
     from server.engine.encoder import EncoderRow, EncoderRunner
-    from server.types import DeltaRef
+    from server.types import DeltaRef, EncoderInput, Want
 
     backbone = backbones.load("bench", Path(args.folder), torch.device("cpu"), getattr(torch, args.dtype))
     runner = EncoderRunner(backbone, mode=args.ops)
@@ -125,17 +125,17 @@ def by_runner(args: argparse.Namespace, rows: list[list[int]]) -> Cases:
 
     def units(deltas: list[Any], apart: bool) -> list[Unit]:
         placed = {d.digest: pack(methods.lower(d, spec), spec, backbone.dtype) for d in deltas}
-        refs = [DeltaRef(d.digest, "") for d in deltas] or [None]
+        refs: list[DeltaRef | None] = [DeltaRef(d.digest, "") for d in deltas] or [None]
         batcher = Batcher(max_rows=args.batch, step_tokens=128 * args.batch, max_waiting=len(rows))
         given = list(range(len(rows)))
         if apart:
             given.sort(key=lambda i: i % len(refs))
         steps = []
         for i in given:
-            batcher.add(EncodeJob(i, "t", rows[i], refs[i % len(refs)], False, 0.0))
+            batcher.add(EncodeJob(i, "t", EncoderInput(rows[i]), refs[i % len(refs)], Want("embedding"), 0.0))
             if len(batcher) == (len(rows) // len(refs) if apart else args.batch):
                 jobs = batcher.next(lambda _: 0)
-                steps.append([EncoderRow(job.ids, placed.get(job.digest)) for job in jobs])
+                steps.append([EncoderRow(job.row.ids, placed.get(job.digest)) for job in jobs])
         return [
             partial(timed, clock(args), partial(_each, runner.run, part))
             for part in cut(steps, parts(steps, rows, args))
@@ -154,6 +154,7 @@ def by_engine(args: argparse.Namespace, rows: list[list[int]], scratch: Path) ->
     """Our cases, the whole load at once, through the step loop; and how to end it."""
     from server.engine.messages import Encode, Encoded, Failed
     from server.engine.process import EngineConfig
+    from server.types import EncoderInput, Want
 
     config = EngineConfig(
         backbone=args.folder, backbone_name=None, data_dir=str(scratch), device="cpu", dtype=args.dtype,
@@ -172,7 +173,8 @@ def by_engine(args: argparse.Namespace, rows: list[list[int]], scratch: Path) ->
         began = clock(args)()
         for i, ids in enumerate(rows):
             ref = refs[i % len(refs)] if refs else None
-            running.engine.receive(Encode("t", [(i, ids)], ref, ref is not None))
+            want = Want("embedding" if ref is None else "head")
+            running.engine.receive(Encode("t", [(i, EncoderInput(ids))], ref, want))
         running.wait(len(rows), ended)
         return clock(args)() - began
 

@@ -104,10 +104,11 @@ def ours(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
                 first = time.perf_counter() - began
         return time.perf_counter() - began, first
 
+    runner: Any = engine.runner
     once(0, 8)
     best, prefill, steps = 1e9, 0.0, {}
     for turn in range(args.repeat):
-        spent = engine.runner.spent
+        spent = runner.spent
         before = (spent.prepare, spent.forward, spent.head, spent.steps)
         seconds, first = once(1000 * (turn + 1), args.new)
         if seconds < best:
@@ -123,11 +124,11 @@ def ours(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
             }
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if count:  # the share of the patches, timed in a run of its own, since timing costs a little
-        plan = engine.runner.ops.plan
-        engine.runner.ops.plan = lambda *a: (lambda p: p and Timed(p))(plan(*a))  # type: ignore[method-assign]
-        Timed.spent, before_steps = 0.0, engine.runner.spent.steps
+        plan = runner.ops.plan
+        runner.ops.plan = lambda *a: (lambda p: p and Timed(p))(plan(*a))
+        Timed.spent, before_steps = 0.0, runner.spent.steps
         once(90_000, args.new)
-        steps["ms_deltas"] = 1e3 * Timed.spent / (engine.runner.spent.steps - before_steps)
+        steps["ms_deltas"] = 1e3 * Timed.spent / (runner.spent.steps - before_steps)
     running.close()
     return {"seconds": best, "first_tokens_s": prefill, "peak_mb": memory // 1024, **steps}
 
@@ -142,7 +143,8 @@ def rival(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(args.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = model.eval().to(args.device)
     count = 0 if what == "base" else int(what.split()[-2])
     if count:
         linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -19,7 +19,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,11 +40,12 @@ def write_backbone(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(1)
-    T5ForConditionalGeneration(T5Config(decoder_start_token_id=START)).save_pretrained(folder)
+    config = T5Config()
+    config.decoder_start_token_id = START
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<pad>": START, "</s>": END, "<unk>": 2}, "<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>").save_pretrained(
-        folder
-    )
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
 
 
 def sources(rows: int) -> list[list[int]]:
@@ -191,8 +191,8 @@ def main() -> None:
     import torch
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
         write_backbone(Path(folder))
@@ -204,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
