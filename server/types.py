@@ -254,7 +254,7 @@ class Vector(msgspec.Struct, frozen=True):
 class BackboneInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine says of the backbone once it is resident. ``folder`` is in Hugging Face's layout.
 
-    ``decoder_start`` is the token that an encoder-decoder's answers begin after; None for other kinds.
+    ``decoder_start`` are the tokens that an encoder-decoder's answers begin after; none for other kinds.
     """
 
     name: str
@@ -267,7 +267,7 @@ class BackboneInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_rows: int
     eos_token_ids: list[int]
-    decoder_start: int | None = None
+    decoder_start: list[int] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

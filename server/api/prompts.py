@@ -88,7 +88,7 @@ class Start(NamedTuple):
 def start(tokens: list[int], backbone: Backbone, param: str) -> Start:
     """A row for what a caller sent. Raises ``ContextTooLong`` or ``InvalidRequest`` as :func:`room` does."""
     first, limit = backbone.info.decoder_start, backbone.info.max_model_len
-    if first is None:
+    if not first:
         return Start(tokens, [], room(tokens, backbone, param))
     if not tokens:
         raise InvalidRequest("The prompt has no tokens.", param=param)
@@ -96,7 +96,7 @@ def start(tokens: list[int], backbone: Backbone, param: str) -> Start:
         raise ContextTooLong(
             f"This model's encoder reads at most {limit} tokens; the prompt has {len(tokens)}.", param=param
         )
-    return Start([first], tokens, limit - 1)
+    return Start([*first], tokens, limit - len(first))
 
 
 def sampling(

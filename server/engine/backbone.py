@@ -40,6 +40,7 @@ EDGE_BYTES = 1 << 20
 ATTENTION = "deltaserve"
 # those that attend through this engine; the other families have tables for reading deltas and testing them
 SERVED = (
+    "bart",
     "bert",
     "distilbert",
     "gemma",
@@ -84,7 +85,8 @@ class Located:
 class Backbone:
     """The resident model and what the library knows of it.
 
-    ``softcap`` c turns each logit z into c tanh(z / c); ``head_scale`` multiplies what the head reads.
+    ``softcap`` c turns each logit z into c tanh(z / c); ``head_scale`` multiplies what the head reads; ``logits_bias``
+    ``[1, vocab]``, which is no bias of the head's module, is added to the logits.
     """
 
     name: str
@@ -96,12 +98,15 @@ class Backbone:
     parameters: int
     softcap: float | None = None
     head_scale: float = 1.0
+    logits_bias: torch.Tensor | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[n, vocab]`` of last hidden states ``[n, hidden]``, by the hooked head."""
         if self.head_scale != 1.0:
             hidden = hidden * self.head_scale
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        if self.logits_bias is not None:
+            logits = logits + self.logits_bias
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
@@ -283,7 +288,7 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
     AttentionInterface.register(ATTENTION, attention)
     whole = spec
     spec = as_stored(spec, FrozenTensors(folder))
-    if spec.kind == "encoder-decoder" and dtype == torch.float16:
+    if spec.family == "t5" and dtype == torch.float16:
         raise BackboneError(
             f"{name} would overflow in float16, which {spec.family} was not trained in: use bfloat16 or float32",
             param="dtype",
@@ -304,7 +309,10 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
     softcap = getattr(config, "final_logit_softcapping", None)
     # a T5 whose head is its token embedding
     head_scale = spec.hidden**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
-    return Backbone(name, folder, spec, model, dtype, device, parameters, softcap, head_scale)
+    logits_bias = getattr(model, "final_logits_bias", None)  # BART's
+    if logits_bias is not None and not bool(logits_bias.any()):
+        logits_bias = None
+    return Backbone(name, folder, spec, model, dtype, device, parameters, softcap, head_scale, logits_bias)
 
 
 def _refuse_missing(name: str, missing: Iterable[str], body: str) -> None:

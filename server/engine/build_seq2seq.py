@@ -80,13 +80,24 @@ def seq2seq_engine(
     )
 
 
-def decoder_start(backbone: Backbone) -> int:
-    """The token that answers begin after. Raises :class:`InvalidRequest` where the checkpoint does not say."""
+def decoder_start(backbone: Backbone) -> list[int]:
+    """The tokens that answers begin after: the decoder's start, and the first token of every answer where the
+    checkpoint forces one (BART's for summaries). Raises :class:`InvalidRequest` where it does not say the start.
+    """
+    start = _configured(backbone, "decoder_start_token_id")
+    if start is None:
+        raise InvalidRequest(
+            f"{backbone.name} does not say what its answers begin after: set decoder_start_token_id in its config.json",
+            param="backbone",
+        )
+    forced = _configured(backbone, "forced_bos_token_id")
+    return [start] if forced is None else [start, forced]
+
+
+def _configured(backbone: Backbone, name: str) -> int | None:
+    """A token id of the generation's configuration, or else of the model's."""
     for config in (backbone.model.generation_config, backbone.model.config):
-        found = getattr(config, "decoder_start_token_id", None)
+        found = getattr(config, name, None)
         if found is not None:
             return int(found)
-    raise InvalidRequest(
-        f"{backbone.name} does not say what its answers begin after: set decoder_start_token_id in its config.json",
-        param="backbone",
-    )
+    return None

@@ -120,13 +120,18 @@ class Engine(StepLoop):
         if seq.delta is None:
             return 0
         delta = self.residency.resident(seq.delta)
-        return None if delta is None else self.runner.before(delta)
+        if delta is None:
+            return None
+        # what leaves no room is rejected
+        return self.runner.before(delta) if self.runner.holds(seq, delta) else self.scheduler.slot_tokens
 
     def _begin(self, plan: Plan) -> None:
         """Gives admitted rows their delta and its prefix; answers those that cannot fit."""
         for seq in plan.rejected:
             limit = self.scheduler.slot_tokens
-            self._fail(seq, "context_length_exceeded", f"prompt and delta prefix exceed {limit} tokens")
+            self._fail(
+                seq, "context_length_exceeded", f"prompt and its delta's virtual tokens exceed {limit} tokens"
+            )
         for seq in plan.preempted:
             row = self._rows[seq.id]
             self._let_go(seq, row)

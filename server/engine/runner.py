@@ -53,6 +53,8 @@ class StepRunner(Protocol):
 
     def before(self, delta: PackedDelta) -> int: ...
 
+    def holds(self, seq: Sequence, delta: PackedDelta) -> bool: ...
+
     def begin(self, seq: Sequence, delta: PackedDelta | None) -> None: ...
 
     def end(self, slot: int) -> None: ...
@@ -95,6 +97,10 @@ class Runner:
     def before(self, delta: PackedDelta) -> int:
         """Tokens' worth of keys and values that the delta puts before a row's own."""
         return delta.prefix_length
+
+    def holds(self, _seq: Sequence, _delta: PackedDelta) -> bool:
+        """A row has no source that might be too long."""
+        return True
 
     def begin(self, seq: Sequence, delta: PackedDelta | None) -> None:
         """A row has been given its slot: what it shares with another, or what its delta puts before it, goes there."""

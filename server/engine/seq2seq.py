@@ -33,20 +33,21 @@ from server.engine.sequence import Sequence
 from server.engine.stacks import decoder_of, stacks_of
 from server.engine.t5_bias import Before, TokenBias
 
-VIRTUAL = (
-    256  # tokens that a delta may add to a source, as a prompt and a prefix; published ones have 5 to 200
-)
+# tokens that a delta may add to a source, as a prompt and a prefix; published ones have 5 to 200
+VIRTUAL = 256
 
 
 @dataclass(eq=False)
 class Held:
-    """What the runner knows of the row in a slot. ``before`` and ``cross`` are its delta's prefixes by decoder layer."""
+    """What the runner knows of the row in a slot. ``before`` and ``cross`` are its delta's prefixes by decoder layer;
+    ``shift`` is the position of the decoder's first token, where positions are learned."""
 
     slot: int
     source: list[int]
     delta: PackedDelta | None
     before: list[Before]
     cross: list[Before]
+    shift: int
     read: int = 0  # tokens of the encoder's whose keys and values are there, a prompt's among them
 
     @property
@@ -96,6 +97,15 @@ class Seq2SeqRunner:
         """Keys that the delta puts before a row's own in the decoder's self-attention, where they are most."""
         return max(part.length for part in self._befores(delta, "attn"))
 
+    def in_source(self, delta: PackedDelta) -> int:
+        """Positions that the delta's prompt takes before a source's own tokens, where positions can run out."""
+        return 0 if delta.prompt is None or self.stacks.positions is None else len(delta.prompt)
+
+    def holds(self, seq: Sequence, delta: PackedDelta) -> bool:
+        """Whether there are positions for the row's source behind its delta's prompt."""
+        positions = self.stacks.positions
+        return positions is None or self.in_source(delta) + len(seq.source) <= positions
+
     def finish(self, delta: PackedDelta) -> PackedDelta:
         """Nothing of a delta can be computed ahead. Raises :class:`InvalidDelta` for one with too many virtual tokens."""
         most = max(part.length for part in self._befores(delta, "cross"))
@@ -135,7 +145,10 @@ class Seq2SeqRunner:
                 if prefix is not None:
                     kv.keys[layer][slot, :, : len(prefix.keys)] = prefix.keys.transpose(0, 1)
                     kv.values[layer][slot, :, : len(prefix.values)] = prefix.values.transpose(0, 1)
-        return Held(slot, source, delta, self._befores(delta, "attn"), self._befores(delta, "cross"))
+        before, cross = self._befores(delta, "attn"), self._befores(delta, "cross")
+        first = self._prefixes(delta, "attn")[0]  # positions are looked up before the first layer
+        shift = len(first.keys) if first is not None and first.shifts_positions else 0
+        return Held(slot, source, delta, before, cross, shift)
 
     def end(self, slot: int) -> None:
         """A row has left its slot."""
@@ -197,7 +210,9 @@ class Seq2SeqRunner:
             self.hooks.plan = see(self._plan(deltas, own))
             embedded = _with_prompts(self.stacks.embed(ids), own, [row.prompt for row in firsts])
             self.hooks.plan = see(self._plan(deltas, lengths))
-            attention = RaggedAttention(lengths, deltas, device, bias=self.stacks.encoder_bias)
+            attention = RaggedAttention(
+                lengths, deltas, device, kernels=self.ops.kernels, bias=self.stacks.encoder_bias
+            )
             encoded = self.stacks.encode(embedded, positions, attention)
             self._keep(encoded, lengths, list(alike.values()))
         finally:
@@ -210,9 +225,8 @@ class Seq2SeqRunner:
         Row i's own tokens ``starts[i] .. starts[i] + counts[i]`` are computed, those before them are in its slot.
         """
         device, slots = self.backbone.device, [row.slot for row in rows]
-        by_prefixes: dict[
-            tuple[Before, ...], Attention
-        ] = {}  # layers with the same prefixes have it in common
+        # layers with the same prefixes have it in common
+        by_prefixes: dict[tuple[Before, ...], Attention] = {}
         attention: list[Attention] = []
         for layer in self.layers:
             before = tuple([row.before[layer] for row in rows])
@@ -221,7 +235,9 @@ class Seq2SeqRunner:
             attention.append(by_prefixes[before])
         lengths = [[row.cross[layer].length + row.read for row in rows] for layer in self.layers]
         positions = [
-            at for start, count in zip(starts, counts, strict=True) for at in range(start, start + count)
+            row.shift + at
+            for row, start, count in zip(rows, starts, counts, strict=True)
+            for at in range(start, start + count)
         ]
         return self.stacks.decode(
             torch.tensor(ids, device=device),

@@ -20,7 +20,7 @@ class Seq2SeqProbe(AnyProbe[Seq2SeqRunner]):
         return min(self.runner.capacity, self.runner.source_capacity)
 
     def _virtual(self, delta: PackedDelta) -> int:
-        return self.runner.before(delta)
+        return max(self.runner.before(delta), self.runner.in_source(delta))
 
     def _watch(self, delta: PackedDelta, given: Given, *, closely: bool) -> Watch:
         del delta, given

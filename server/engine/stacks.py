@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine.backbone import Backbone
+from server.engine.bart import BartStacks
 from server.engine.cross import CrossAttention
 from server.engine.kv import Attention
 from server.engine.ragged import RaggedAttention
@@ -20,8 +21,8 @@ from server.engine.t5_bias import RelativeBias
 class Stacks(Protocol):
     """An encoder and a decoder on packed tokens, ``[tokens, hidden]``, for the runner to drive.
 
-    ``positions`` int64 ``[tokens]`` count each row's tokens from 0, a prompt's among them; the attribute of that name is
-    how many there are, None where a row may be of any length.
+    ``positions`` int64 ``[tokens]`` count each row's tokens from 0, a prompt's and what a prefix shifts the decoder's by
+    among them; the attribute of that name is how many there are, None where a row may be of any length.
     """
 
     @property
@@ -46,9 +47,13 @@ class Stacks(Protocol):
 
 def stacks_of(backbone: Backbone) -> Stacks:
     """The driver of a loaded model."""
-    if backbone.spec.family == "t5":
-        return T5Stacks(backbone.model)
-    raise LookupError(f"no driver for encoder-decoders of the family {backbone.spec.family!r}")
+    match backbone.spec.family:
+        case "t5":
+            return T5Stacks(backbone.model)
+        case "bart":
+            return BartStacks(backbone.model)
+        case family:
+            raise LookupError(f"no driver for encoder-decoders of the family {family!r}")
 
 
 def decoder_of(spec: BackboneSpec) -> BackboneSpec:

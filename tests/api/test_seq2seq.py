@@ -1,4 +1,4 @@
-"""A tiny T5 behind the command line: completions by the backbone and by a LoRA that PEFT saved, and clear errors."""
+"""Encoder-decoders behind the command line: a tiny T5, a LoRA for it that PEFT saved, clear errors, a tiny BART."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from tests.api.command import Server, serving
 from tests.api.encoders import pushed, refused
-from tests.seq2seq import write_t5
+from tests.seq2seq import write_bart, write_t5
 
 CLOSE = 1e-4
 TEXTS = ["w9 w11 w30", "w5", " ".join(f"w{5 + n * 7 % 56}" for n in range(90))]
@@ -135,3 +135,20 @@ def test_what_it_does_not_do(tiny: Server) -> None:
         refused(http.post("/v1/chat/completions", json=chat), "no_chat_template")
         embed = http.post("/v1/embeddings", json={"model": "t5-tiny", "input": "w9"})
         assert "no encoder" in refused(embed, "unsupported_task")
+
+
+def test_a_bart_that_forces_a_first_token(tmp_path: Path) -> None:
+    folder = write_bart(tmp_path / "bart-tiny", forced_bos_token_id=0)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    flags = ("--backbone", str(folder), "--dtype", "float32", "--threads", "1")
+    with serving(tmp_path / "data", *flags) as server, server.http() as http:
+        for text in TEXTS[:2]:
+            (choice,) = ask(http, model="bart-tiny", prompt=text).json()["choices"]
+            source = [0, *ids_of(text)[:-1], 2]
+            assert choice["prompt_token_ids"] == source
+            made = model.generate(torch.tensor([source]), do_sample=False, max_new_tokens=STEPS + 1)[0]
+            assert made[:2].tolist() == [2, 0]
+            assert choice["token_ids"] == made[2:].tolist()
+            assert choice["text"].split() == [f"w{token}" for token in choice["token_ids"] if token >= 5]
+        message = refused(ask(http, model="bart-tiny", prompt=TEXTS[2]), "context_length_exceeded")
+        assert "reads at most 48 tokens" in message

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
     BertConfig,
     DistilBertConfig,
     GPT2Config,
@@ -126,7 +127,23 @@ def _t5(feed_forward: str) -> PretrainedConfig:
     )
 
 
+def _bart() -> PretrainedConfig:
+    return BartConfig(
+        vocab_size=tiny.VOCAB,
+        d_model=tiny.HIDDEN,
+        encoder_layers=tiny.LAYERS,
+        decoder_layers=tiny.LAYERS,
+        encoder_attention_heads=tiny.HEADS,
+        decoder_attention_heads=tiny.HEADS,
+        encoder_ffn_dim=tiny.INNER,
+        decoder_ffn_dim=tiny.INNER,
+        max_position_embeddings=POSITIONS,
+        init_std=INITIAL,
+    )
+
+
 ENCODER_DECODERS: Mapping[str, Callable[[], PretrainedConfig]] = {
+    "bart": _bart,
     "t5": lambda: _t5("relu"),
     "t5 gated": lambda: _t5("gated-gelu"),
 }

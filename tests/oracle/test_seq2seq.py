@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM
 
 from deltas import methods
 from deltas.bank import PackedDelta
@@ -17,33 +18,33 @@ from deltas.formats import read
 from deltas.methods import METHODS
 from deltas.ops import Mode
 from tests import deltas_of_every_kind as kinds
-from tests.oracle import peft_table, test_adapterhub_table, test_opendelta_table
+from tests.oracle import lengths, peft_table, test_adapterhub_table, test_opendelta_table
 from tests.oracle.padded import PaddedRow, PaddedRunner
 from tests.oracle.rows import same
-from tests.oracle.seq2seq_rows import place, runner_of, score
+from tests.oracle.seq2seq_rows import make_runner, place, runner_of, score
 from tests.oracle.test_peft_table import upload
 
 CLOSE = 1e-5
-FAMILIES = ["t5", "t5_gated"]
+FAMILIES = ["bart", "t5", "t5_gated"]
 MODES: list[Mode] = ["native", "dense", "reference"]
 STEPS = [(1, 1), (3, 2), (100, 100)]  # decoder tokens in the first step, and in each after it
 
-PEFT = peft_table.FAMILIES["t5"]
-PEFT_CASES = [case for case, family in peft_table.cells(peft_table.CASES) if family.name == "t5"]
-SOURCES = (
-    [5, 1],
-    [9, 44, 1],
-    list(range(2, 60)) * 8 + [1],
-    [13, 7, 7, 59, 22, 41, 1],
-    [60, 3, 17, 1],
-    [30] * 31,
-)
+PEFT_FAMILIES = ["bart", "t5"]
+PEFT_CELLS = [
+    (family.name, case) for case, family in peft_table.cells(peft_table.CASES) if family.name in PEFT_FAMILIES
+]
+LONG = {"bart": 38, "t5": 465, "t5_gated": 465}  # source tokens, within BART's 48 positions behind a prompt
 ANSWERS = ([0, 4], [0], [0, 22, 9, 9, 31, 7, 8], [0, 6, 31], [0, 40, 12, 5], [0, 27])
 
 
 @cache
 def padded(family: str) -> PaddedRunner:
     return PaddedRunner(family)
+
+
+def sources(family: str) -> list[list[int]]:
+    long = [2 + at % 58 for at in range(LONG[family] - 1)] + [1]
+    return [[5, 1], [9, 44, 1], long, [13, 7, 7, 59, 22, 41, 1], [60, 3, 17, 1], [30] * 31]
 
 
 def check(got: Tensor, wanted: Tensor, name: str) -> None:
@@ -80,17 +81,17 @@ class Expected:
 
 
 @cache
-def peft() -> dict[str, Expected]:
+def peft(_family: str) -> dict[str, Expected]:
     """By case; its files are read and thrown away."""
     return {}
 
 
-def peft_case(case: peft_table.Case, folder: Path) -> Expected:
-    known = peft()
+def peft_case(family: str, case: peft_table.Case, folder: Path) -> Expected:
+    known = peft(family)
     if case.name not in known:
-        peft_table.save_delta(case, PEFT, folder, seed=1)
-        model = peft_table.load_delta(PEFT, folder)
-        delta = read(upload(folder), padded("t5").spec, padded("t5").weights)
+        peft_table.save_delta(case, peft_table.FAMILIES[family], folder, seed=1)
+        model = peft_table.load_delta(peft_table.FAMILIES[family], folder)
+        delta = read(upload(folder), padded(family).spec, padded(family).weights)
         known[case.name] = Expected()
         for row in peft_table.ROWS:
             logits = peft_table.logits(model, row)
@@ -98,20 +99,23 @@ def peft_case(case: peft_table.Case, folder: Path) -> Expected:
     return known[case.name]
 
 
-@pytest.mark.parametrize("case", PEFT_CASES, ids=lambda case: case.name)
-def test_peft(case: peft_table.Case, tmp_path: Path) -> None:
-    peft_case(case, tmp_path).check("t5", "native", 1, 1)
+@pytest.mark.parametrize(
+    ("family", "case"), PEFT_CELLS, ids=lambda part: part if isinstance(part, str) else part.name
+)
+def test_peft(family: str, case: peft_table.Case, tmp_path: Path) -> None:
+    peft_case(family, case, tmp_path).check(family, "native", 1, 1)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_peft_in_one_batch(mode: Mode, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", PEFT_FAMILIES)
+def test_peft_in_one_batch(family: str, mode: Mode, tmp_path: Path) -> None:
     every = Expected()
-    for case in PEFT_CASES:
+    for case in [case for of, case in PEFT_CELLS if of == family]:
         (tmp_path / case.name).mkdir()
-        every.rows += peft_case(case, tmp_path / case.name).rows
-    for row, logits in zip(peft_table.ROWS, peft_table.backbone_logits("t5"), strict=True):
+        every.rows += peft_case(family, case, tmp_path / case.name).rows
+    for row, logits in zip(peft_table.ROWS, peft_table.backbone_logits(family), strict=True):
         every.add("base", None, list(row.ids), list(row.decoder_ids), logits)
-    every.check("t5", mode, *STEPS[MODES.index(mode)])
+    every.check(family, mode, *STEPS[MODES.index(mode)])
 
 
 def fixtures(family: str, folder: Path) -> dict[str, Expected]:
@@ -158,15 +162,33 @@ def test_adapterhub_and_opendelta(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method(family: str, mode: Mode) -> None:
     """Ragged rows of every method, one with a long source, against the padded harness, where each is alone."""
-    slow, every = padded(family), Expected()
+    slow, every, texts = padded(family), Expected(), sources(family)
     for n, name in enumerate(["base", *kinds.served(slow.spec)]):
         delta = None if name == "base" else kinds.make(slow.spec, name, n)
-        source, answer = list(SOURCES[n % len(SOURCES)]), list(ANSWERS[n % len(ANSWERS)])
+        source, answer = texts[n % len(texts)], list(ANSWERS[n % len(ANSWERS)])
         placed = None if delta is None else slow.place(delta)
         (logits,) = slow.logits([PaddedRow(source, placed, answer)])
         every.add(name, delta, source, answer, logits)
     for first, chunk in STEPS:
         every.check(family, mode, first, chunk)
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (3, 1)])
+def test_stacks_of_different_depth(encoder: int, decoder: int, tmp_path: Path) -> None:
+    """As distilled BARTs have."""
+    config = lengths.ENCODER_DECODERS["bart"]()
+    config.encoder_layers, config.decoder_layers = encoder, decoder
+    folder = lengths.write(config, AutoModelForSeq2SeqLM, tmp_path / "bart")
+    slow, runner, texts = PaddedRunner(folder), make_runner(folder), sources("bart")
+    rows, wanted = [], []
+    everywhere = [name for name in kinds.served(slow.spec) if name not in kinds.NEEDS_ALL_TOKENS]
+    for n, name in enumerate(["base", *everywhere]):
+        delta = None if name == "base" else kinds.make(slow.spec, name, n)
+        source, answer = texts[n % len(texts)], ANSWERS[n % len(ANSWERS)]
+        wanted += slow.logits([PaddedRow(source, None if delta is None else slow.place(delta), answer)])
+        rows.append(PaddedRow(source, None if delta is None else place(runner, delta), answer, name))
+    for row, got, logits in zip(rows, score(runner, rows, first=2), wanted, strict=True):
+        check(got, logits, row.name)
 
 
 def prefixes(runner: PaddedRunner, lengths: dict[str, int], seed: int, **config: object) -> Delta:
@@ -180,27 +202,29 @@ def prefixes(runner: PaddedRunner, lengths: dict[str, int], seed: int, **config:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_prefixes_whose_lengths_differ_by_layer(mode: Mode) -> None:
-    slow, every = padded("t5"), Expected()
+@pytest.mark.parametrize("family", PEFT_FAMILIES)
+def test_prefixes_whose_lengths_differ_by_layer(family: str, mode: Mode) -> None:
+    slow, every, texts = padded(family), Expected(), sources(family)
     sites = [f"{stack}.layers.{n}.{leaf}.kv" for stack, leaf in STACKS for n in (0, 1)]
     for seed in range(12):
         rng = random.Random(seed)
         chosen = {site: rng.randint(1, 20) for site in rng.sample(sites, rng.randint(1, len(sites)))}
         delta = prefixes(slow, chosen, seed, shifts_positions=seed % 2 == 0)
         methods.check(delta, slow.spec)
-        source, answer = list(SOURCES[seed % len(SOURCES)]), list(ANSWERS[2])
+        source, answer = texts[seed % len(texts)], list(ANSWERS[2])
         (logits,) = slow.logits([PaddedRow(source, slow.place(delta), answer)])
         every.add(f"prefix {seed}", delta, source, answer, logits)
     for first, chunk in STEPS:
-        every.check("t5", mode, first, chunk)
+        every.check(family, mode, first, chunk)
 
 
 STACKS = (("encoder", "attn"), ("decoder", "attn"), ("decoder", "cross"))
 
 
-def test_gated_prefixes_of_the_encoder() -> None:
+@pytest.mark.parametrize("family", PEFT_FAMILIES)
+def test_gated_prefixes_of_the_encoder(family: str) -> None:
     """Their gates average over what the encoder's attention reads."""
-    slow, every = padded("t5"), Expected()
+    slow, every = padded(family), Expected()
     sites, width = (
         ["encoder.layers.0.attn.kv", "encoder.layers.1.attn.kv"],
         slow.spec.kv_heads * slow.spec.head_dim,
@@ -211,11 +235,16 @@ def test_gated_prefixes_of_the_encoder() -> None:
         for site in sites:
             tensors[f"{site}/gate"] = torch.randn(gates, slow.spec.hidden, generator=make)
             tensors[f"{site}/gate_bias"] = torch.randn(gates, generator=make)
-        config = {"stacks": {"own": sites}, "length": 3 + seed, "activation": "tanh", "shifts_keys": seed > 1}
+        config = {
+            "stacks": {"own": sites},
+            "length": 3 + seed,
+            "activation": "tanh",
+            "shifts_keys": seed > 1 and family == "t5",
+        }
         delta = Delta((Component("packed_prefix", METHODS["packed_prefix"].normalise(config), tensors),))
         methods.check(delta, slow.spec)
-        for source, answer in zip(SOURCES, ANSWERS, strict=True):
+        for source, answer in zip(sources(family), ANSWERS, strict=True):
             (logits,) = slow.logits([PaddedRow(source, slow.place(delta), answer)])
             every.add(f"gated {seed}", delta, list(source), list(answer), logits)
     for mode, (first, chunk) in zip(MODES, STEPS, strict=True):
-        every.check("t5", mode, first, chunk)
+        every.check(family, mode, first, chunk)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from deltas import methods
@@ -76,8 +78,9 @@ def test_kept_biases_are_bounded() -> None:
     assert 0 < kept <= KEPT_ELEMENTS
 
 
-def test_rows_of_one_source_and_delta_are_encoded_once() -> None:
-    runner = runner_of("t5")
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_rows_of_one_source_and_delta_are_encoded_once(family: str) -> None:
+    runner = runner_of(family)
     source, delta = source_of(1, 30), place(runner, lora(runner.backbone.spec.hidden))
     rows = [runner.hold(slot, source, delta if slot % 2 else None) for slot in range(6)]
     other = runner.hold(6, source_of(2, 9), None)
@@ -99,10 +102,16 @@ def lora(hidden: int) -> Delta:
     return Delta((Component("lora", {"scale": 1.0}, tensors),))
 
 
-def test_bfloat16() -> None:
-    runner = make_runner(BACKBONES / "t5_gated", dtype=torch.bfloat16)
-    model = AutoModelForSeq2SeqLM.from_pretrained(BACKBONES / "t5_gated", dtype=torch.bfloat16)
-    rows = [PaddedRow(source_of(n, length), None, [0, 9, 30, n]) for n, length in enumerate((3, 40, 200))]
+@pytest.mark.parametrize(
+    ("family", "dtype", "longest"),
+    [("t5_gated", torch.bfloat16, 200), ("bart", torch.bfloat16, 48), ("bart", torch.float16, 48)],
+)
+def test_narrow_dtypes(family: str, dtype: torch.dtype, longest: int) -> None:
+    runner = make_runner(BACKBONES / family, dtype=dtype)
+    model = AutoModelForSeq2SeqLM.from_pretrained(BACKBONES / family, dtype=dtype)
+    rows = [
+        PaddedRow(source_of(n, length, 2), None, [0, 9, 30, n]) for n, length in enumerate((3, 40, longest))
+    ]
     for row, got in zip(rows, score(runner, rows), strict=True):
         with torch.no_grad():
             answer = torch.tensor([row.decoder_ids])
@@ -133,7 +142,7 @@ def test_there_is_no_embedding_norm_to_put_a_prompt_after() -> None:
     assert caught.value.field == "after_norm"
 
 
-def test_float16_is_refused() -> None:
+def test_float16_is_refused_of_t5() -> None:
     with pytest.raises(BackboneError, match="float16") as caught:
         load("t5", BACKBONES / "t5", CPU, torch.float16)
     assert caught.value.param == "dtype"
@@ -147,3 +156,18 @@ def test_a_checkpoint_that_does_not_say_how_answers_begin(tmp_path: Path) -> Non
         (folder / name).write_text(json.dumps(config))
     with pytest.raises(InvalidRequest, match="decoder_start_token_id"):
         decoder_start(load("t5", folder, CPU, torch.float32))
+
+
+def test_a_bias_of_the_logits(tmp_path: Path) -> None:
+    """BART's is a buffer that not every checkpoint has, and those that have it mostly leave it at zero."""
+    folder = BACKBONES / "bart"
+    biased = load("bart", folder, CPU, torch.float32)
+    assert biased.logits_bias is not None
+    shutil.copytree(folder, tmp_path / "bart")
+    weights = load_file(folder / "model.safetensors")
+    bias = weights.pop("final_logits_bias")
+    save_file(weights, tmp_path / "bart" / "model.safetensors", {"format": "pt"})
+    plain = load("bart", tmp_path / "bart", CPU, torch.float32)
+    assert plain.logits_bias is None
+    hidden = torch.randn(3, plain.spec.hidden)
+    assert torch.equal(biased.logits(hidden), plain.logits(hidden) + bias)

@@ -1,4 +1,4 @@
-"""The step loop over a T5: sources are encoded once, answers share steps, and rows are Hugging Face's own."""
+"""The step loop over encoder-decoders, mostly a T5: each source is encoded once, and rows are Hugging Face's own."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from deltas.delta import Component, Delta
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine.messages import Cancel, Drop, Load
 from server.errors import InvalidRequest
-from tests.seq2seq import source_of, write_t5
+from tests.seq2seq import source_of, write_bart, write_t5
 from tests.tiny import KINDS, random_delta
 from tests.unit.engine.running import Harness, harnesses
 
 START = [0]
 LENGTHS = [3, 7, 500, 4, 31, 120, 3, 64, 250, 12, 5, 90]
-KINDS_OF_T5 = [("t5", False), ("t5_gated", False), ("t5_gated", True)]
+Write = Callable[[Path], Path]
+WRITERS: dict[str, tuple[Write, bool]] = {  # and whether the head is the embedding's
+    "t5": (write_t5, True),
+    "t5_gated": (partial(write_t5, family="t5_gated"), True),
+    "t5_gated, untied": (partial(write_t5, family="t5_gated", untied=True), False),
+    "bart": (write_bart, True),
+}
+POSITIONS, BART_START, BART_END = 48, [2], 2
 
 
 @pytest.fixture
@@ -46,21 +53,23 @@ def greedy(model: Any, source: list[int], steps: int) -> tuple[list[int], Tensor
     return made.sequences[0, 1:].tolist(), torch.cat(made.logits)
 
 
-@pytest.mark.parametrize(("family", "untied"), KINDS_OF_T5)
-def test_rows_are_hugging_faces(family: str, untied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_are_hugging_faces(name: str, tmp_path: Path) -> None:
     """More rows than slots: they join and leave, and a source longer than a step's budget goes alone."""
-    with harnesses(tmp_path / "tiny", partial(write_t5, family=family, untied=untied)) as start:
-        engine = start(max_model_len=512, prefill_tokens=64)
+    write, tied = WRITERS[name]
+    start_at, end, limit = (BART_START, BART_END, POSITIONS) if name == "bart" else (START, 1, 512)
+    with harnesses(tmp_path / "tiny", write) as start:
+        engine = start(max_model_len=limit, prefill_tokens=limit // 8)
         model = AutoModelForSeq2SeqLM.from_pretrained(engine.folder).eval()
-        assert (model.lm_head.weight is model.shared.weight) != untied
-        assert engine.engine.info.decoder_start == START[0]
-        assert engine.engine.runner.backbone.spec.tied != untied
-        for row, length in enumerate(LENGTHS):
-            source = source_of(row, length)
-            engine.submit(row, START, source=source, max_tokens=5 + row % 7, ignore_eos=False, logprobs=3)
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+        assert engine.engine.info.decoder_start == start_at
+        assert engine.engine.runner.backbone.spec.tied == tied
+        sources = [source_of(row, min(length, limit), end) for row, length in enumerate(LENGTHS)]
+        for row, source in enumerate(sources):
+            engine.submit(row, start_at, source=source, max_tokens=5 + row % 7, ignore_eos=False, logprobs=3)
         engine.wait(*range(len(LENGTHS)))
-        for row, length in enumerate(LENGTHS):
-            tokens, logits = greedy(model, source_of(row, length), 5 + row % 7)
+        for row, source in enumerate(sources):
+            tokens, logits = greedy(model, source, 5 + row % 7)
             assert engine.tokens(row) == tokens, row
             wanted = logits.log_softmax(-1)
             found = [entry for event in engine.events[row] for entry in event.logprobs or []]
@@ -70,20 +79,82 @@ def test_rows_are_hugging_faces(family: str, untied: bool, tmp_path: Path) -> No
         engine.engine.scheduler.check_integrity()
 
 
-def test_mixed_kinds_equal_solo(make: Callable[..., Harness]) -> None:
-    mixed = make()
-    spec = mixed.engine.runner.backbone.spec
-    refs = [None, *(mixed.save(random_delta(spec, kind, seed)) for kind in KINDS for seed in (1, 2, 3))]
-    for row, ref in enumerate(refs):
-        mixed.submit(row, START, ref, source_of(row, LENGTHS[row % 12] % 40 + 2))
-    mixed.wait(*range(len(refs)))
-    solo = make(max_rows=1, prefill_tokens=1000)
-    for row, ref in enumerate(refs):
-        solo.submit(row, START, ref, source_of(row, LENGTHS[row % 12] % 40 + 2))
-        solo.wait(row)
-    answers = [tuple(mixed.tokens(row)) for row in range(len(refs))]
-    assert answers == [tuple(solo.tokens(row)) for row in range(len(refs))]
-    assert len(set(answers)) > len(refs) // 2, "deltas do not seem to matter"
+def test_answers_fill_barts_positions(tmp_path: Path) -> None:
+    with harnesses(tmp_path / "tiny", write_bart) as start:
+        engine = start()
+        assert engine.engine.info.max_model_len == POSITIONS
+        model = AutoModelForSeq2SeqLM.from_pretrained(engine.folder).eval()
+        model.generation_config.eos_token_id = None
+        source = source_of(1, POSITIONS, BART_END)
+        engine.submit(1, BART_START, source=source, max_tokens=1000)
+        engine.wait(1)
+        assert engine.ends == {1: "length"}
+        assert engine.tokens(1) == greedy(model, source, POSITIONS - 1)[0]
+        with pytest.raises(InvalidRequest, match="beyond the backbone's 48 positions"):
+            start(max_model_len=POSITIONS + 1)
+
+
+def test_barts_forced_first_token(tmp_path: Path) -> None:
+    """Checkpoints for summaries have one; ``generate`` counts it as an answer's first."""
+    with harnesses(tmp_path / "tiny", partial(write_bart, forced_bos_token_id=0)) as start:
+        engine = start()
+        first = engine.engine.info.decoder_start
+        assert first == [2, 0]
+        model = AutoModelForSeq2SeqLM.from_pretrained(engine.folder).eval()
+        for row in range(4):
+            engine.submit(row, first, source=source_of(row, 20, BART_END), ignore_eos=False)
+        engine.wait(*range(4))
+        for row in range(4):
+            assert [0, *engine.tokens(row)] == greedy(model, source_of(row, 20, BART_END), 9)[0]
+
+
+def test_prompts_take_barts_positions(tmp_path: Path) -> None:
+    """A source that does not fit behind its delta's prompt is refused, and so is a prompt that leaves no room."""
+    with harnesses(tmp_path / "tiny", write_bart) as start:
+        engine = start(max_model_len=40)
+        hidden = engine.engine.runner.backbone.spec.hidden
+        prompts = [Component("prompt", {}, {"embeddings": torch.randn(n, hidden)}) for n in (20, 40)]
+        refs = [engine.save(Delta((prompt,))) for prompt in prompts]
+        for load, ref in ((90, refs[0]), (91, refs[1])):
+            engine.engine.receive(Load(load, ref))
+        engine.wait(90, 91)
+        assert engine.probes[90].outcome == "changes"
+        assert engine.probes[91].outcome == "failed"
+        assert "40 virtual tokens leave no room" in engine.probes[91].message
+        for row, length, ref in ((1, 28, refs[0]), (2, 29, refs[0]), (3, 40, None), (4, 9, refs[1])):
+            engine.submit(row, BART_START, ref, source_of(row, length, BART_END), max_tokens=50)
+        engine.wait(1, 2, 3, 4)
+        assert engine.ends == {
+            90: "loaded",
+            91: "loaded",
+            1: "length",
+            2: "context_length_exceeded",
+            3: "length",
+            4: "context_length_exceeded",
+        }
+        assert len(engine.tokens(1)) == len(engine.tokens(3)) == 39
+        assert engine.messages[2] == "prompt and its delta's virtual tokens exceed 40 tokens"
+        engine.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["bart", "t5_gated, untied"])
+def test_mixed_kinds_equal_solo(name: str, tmp_path: Path) -> None:
+    first, end = (BART_START, BART_END) if name == "bart" else (START, 1)
+    with harnesses(tmp_path / "tiny", WRITERS[name][0]) as start:
+        mixed = start()
+        spec = mixed.engine.runner.backbone.spec
+        refs = [None, *(mixed.save(random_delta(spec, kind, seed)) for kind in KINDS for seed in (1, 2, 3))]
+        sources = [source_of(row, LENGTHS[row % 12] % 37 + 2, end) for row in range(len(refs))]
+        for row, ref in enumerate(refs):
+            mixed.submit(row, first, ref, sources[row])
+        mixed.wait(*range(len(refs)))
+        solo = start(max_rows=1, prefill_tokens=1000)
+        for row, ref in enumerate(refs):
+            solo.submit(row, first, ref, sources[row])
+            solo.wait(row)
+        answers = [tuple(mixed.tokens(row)) for row in range(len(refs))]
+        assert answers == [tuple(solo.tokens(row)) for row in range(len(refs))]
+        assert len(set(answers)) > len(refs) // 2, "deltas do not seem to matter"
 
 
 def test_answers_are_scored(make: Callable[..., Harness]) -> None:

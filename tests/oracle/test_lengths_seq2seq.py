@@ -27,11 +27,12 @@ ANSWERS = (1, 9, 4, 17, 2)  # decoder tokens
 TASK: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM"}
 
 
-def configs() -> Mapping[str, PeftConfig]:
+def configs(name: str) -> Mapping[str, PeftConfig]:
+    value_and_output = ["v_proj", "out_proj"] if name == "bart" else ["v", "o"]
     return {
         "lora": peft.LoraConfig(r=3, lora_alpha=2, **TASK),
         "lora everywhere": peft.LoraConfig(r=17, lora_alpha=4, target_modules="all-linear", **TASK),
-        "dora": peft.LoraConfig(r=5, lora_alpha=3, target_modules=["v", "o"], use_dora=True, **TASK),
+        "dora": peft.LoraConfig(r=5, lora_alpha=3, target_modules=value_and_output, use_dora=True, **TASK),
         "ia3": peft.IA3Config(**TASK),
         "prompt": peft.PromptTuningConfig(num_virtual_tokens=11, **TASK),
         "prefix": peft.PrefixTuningConfig(num_virtual_tokens=6, **TASK),
@@ -46,7 +47,7 @@ def test_every_length_and_kind_in_one_batch(name: str, tmp_path: Path) -> None:
     own = stock(folder, AutoModelForSeq2SeqLM)
     models: dict[str, Any] = {"base": own}
     placed: dict[str, PackedDelta] = {}
-    for seed, (case, config) in enumerate(configs().items()):
+    for seed, (case, config) in enumerate(configs(name).items()):
         models[case] = saved(tmp_path / case, config, folder, seed, AutoModelForSeq2SeqLM)
         placed[case] = place(runner, read(upload(tmp_path / case), spec, frozen))
     rows = [
