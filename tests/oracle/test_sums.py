@@ -70,6 +70,7 @@ class Loader:
             device_bytes=1 << 30,
             host_bytes=1 << 30,
             finish=self.runner.finish,
+            pinned_share=0.5,
             forget=self.runner.forget,
             wake=lambda: woken.put(None),
         )
