@@ -44,7 +44,7 @@ class ChatAnswer:
         self._rows = rows
         self._generation = generation
         self._head = head
-        self._usage = Usage(len(rows[0].given))
+        self._usage = Usage(len(rows[0].given), copies=len(rows))
 
     async def whole(self) -> dict[str, Any]:
         """The ``chat.completion`` object."""

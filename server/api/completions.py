@@ -63,7 +63,7 @@ class CompletionAnswer:
         self._rows = rows
         self._generation = generation
         self._head = {**head, "object": "text_completion"}
-        self._usage = Usage(sum(len(row.given) for row in rows[:: request.n or 1]))
+        self._usage = Usage(sum(len(row.given) for row in rows[:: request.n or 1]), copies=request.n or 1)
         self._opened: set[int] = set()
         self._logprobs = [CompletionLogprobs(request.logprobs or 0, generation.tokenizer) for _ in rows]
 
