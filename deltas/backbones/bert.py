@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
+from deltas.backbones.usual import usual_spec
 from deltas.errors import UnsupportedBackbone
 from deltas.sites import BackboneSpec, Site, SiteKind
 
@@ -38,23 +40,8 @@ def encoder_spec(
             f"position_embedding_type {positions!r} is not supported; supported: absolute",
             field="position_embedding_type",
         )
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    return BackboneSpec(
-        family=family,
-        revision=revision,
-        hidden=hidden,
-        layers=int(config.num_hidden_layers),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab=int(config.vocab_size),
-        max_positions=max_positions,
-        pre_norm=False,
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        sites={site.name: site for site in sites},
-        kind="encoder",
-        base_prefix=family,
-    )
+    spec = usual_spec(config, family, revision, sites)
+    return replace(spec, max_positions=max_positions, pre_norm=False, kind="encoder", base_prefix=family)
 
 
 def body(base: str, config: PretrainedConfig) -> Iterator[Site]:

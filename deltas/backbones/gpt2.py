@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
+from deltas.backbones.usual import usual_spec
 from deltas.errors import UnsupportedBackbone
 from deltas.sites import BackboneSpec, Site, SiteKind
 
@@ -17,24 +19,8 @@ def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
     """
     if getattr(config, "add_cross_attention", False):
         raise UnsupportedBackbone("GPT-2 with cross-attention is not supported", field="add_cross_attention")
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    return BackboneSpec(
-        family="gpt2",
-        revision=revision,
-        hidden=hidden,
-        layers=int(config.num_hidden_layers),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab=int(config.vocab_size),
-        max_positions=int(config.max_position_embeddings),
-        pre_norm=True,
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        sites={site.name: site for site in _sites(config)},
-        kind="decoder",
-        base_prefix="transformer",
-        conv1d=True,
-    )
+    spec = usual_spec(config, "gpt2", revision, _sites(config))
+    return replace(spec, base_prefix="transformer", conv1d=True)
 
 
 def _sites(config: PretrainedConfig) -> Iterator[Site]:

@@ -8,10 +8,12 @@ bottleneck reads as the residual of either; otherwise the feed-forward's is what
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
 from deltas.backbones.rotary import check_positions
+from deltas.backbones.usual import usual_spec
 from deltas.sites import BackboneSpec, Site, SiteKind
 
 
@@ -21,22 +23,7 @@ def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
     Raises :class:`UnsupportedBackbone` as :func:`check_positions` does.
     """
     check_positions(config)
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    return BackboneSpec(
-        family="gpt_neox",
-        revision=revision,
-        hidden=hidden,
-        layers=int(config.num_hidden_layers),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab=int(config.vocab_size),
-        max_positions=int(config.max_position_embeddings),
-        pre_norm=True,
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        sites={site.name: site for site in _sites(config)},
-        base_prefix="gpt_neox",
-    )
+    return replace(usual_spec(config, "gpt_neox", revision, _sites(config)), base_prefix="gpt_neox")
 
 
 def _sites(config: PretrainedConfig) -> Iterator[Site]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
 from deltas.backbones.rotary import check_positions
+from deltas.backbones.usual import usual_spec
 from deltas.sites import BackboneSpec, Site, SiteKind, TaskHead
 
 NO_PREFIX = "no library has prefixes for ModernBERT, and what a layer's window would see of one is not agreed; use a prompt"
@@ -18,28 +20,12 @@ def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
     Raises :class:`UnsupportedBackbone` as :func:`check_positions` does.
     """
     check_positions(config)
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    return BackboneSpec(
-        family="modernbert",
-        revision=revision,
-        hidden=hidden,
-        layers=int(config.num_hidden_layers),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab=int(config.vocab_size),
-        max_positions=int(config.max_position_embeddings),
-        pre_norm=True,
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        sites={site.name: site for site in _sites(config)},
-        kind="encoder",
-        base_prefix="model",
-        task_head=TaskHead(
-            pooling="mean" if config.classifier_pooling == "mean" else "first",
-            activation=str(config.classifier_activation),
-            norm_eps=float(config.norm_eps),
-        ),
+    head = TaskHead(
+        pooling="mean" if config.classifier_pooling == "mean" else "first",
+        activation=str(config.classifier_activation),
+        norm_eps=float(config.norm_eps),
     )
+    return replace(usual_spec(config, "modernbert", revision, _sites(config)), kind="encoder", task_head=head)
 
 
 def _sites(config: PretrainedConfig) -> Iterator[Site]:

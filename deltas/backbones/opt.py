@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from transformers import PretrainedConfig
 
+from deltas.backbones.usual import usual_spec
 from deltas.errors import UnsupportedBackbone
 from deltas.sites import BackboneSpec, Site, SiteKind
 
@@ -18,7 +19,7 @@ def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
     Raises :class:`UnsupportedBackbone` for the variant that OPT-350m is (norms behind the sublayers, embeddings of
     another width than the layers), for norms without weights, and for one without its last norm.
     """
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    hidden = int(config.hidden_size)
     refused = {
         "do_layer_norm_before": (not config.do_layer_norm_before, "norms behind the sublayers"),
         "word_embed_proj_dim": (int(config.word_embed_proj_dim) != hidden, "projected embeddings"),
@@ -31,20 +32,7 @@ def describe(config: PretrainedConfig, revision: str) -> BackboneSpec:
     for option, (set_so, what) in refused.items():
         if set_so:
             raise UnsupportedBackbone(f"OPT with {what} is not supported ({option})", field=option)
-    return BackboneSpec(
-        family="opt",
-        revision=revision,
-        hidden=hidden,
-        layers=int(config.num_hidden_layers),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab=int(config.vocab_size),
-        max_positions=int(config.max_position_embeddings),
-        pre_norm=True,
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        sites={site.name: site for site in _sites(config)},
-    )
+    return usual_spec(config, "opt", revision, _sites(config))
 
 
 def _sites(config: PretrainedConfig) -> Iterator[Site]:
