@@ -94,9 +94,9 @@ MUTANTS = (
     ),
     Mutant(
         "1 right delta: a kept plan is used for other deltas",
-        "server/engine/runner.py",
-        "key = (tuple(id(delta) for delta in deltas), shape)",
-        "key = (len(deltas), shape)",
+        "server/engine/composition.py",
+        "key = (tuple(id(delta) for delta in deltas), tuple(sizes))",
+        "key = (len(deltas), tuple(sizes))",
         (MIXED, ENGINE),
     ),
     Mutant(
