@@ -18,6 +18,7 @@ from server.engine.build_encoder import encoder_engine
 from server.engine.build_seq2seq import seq2seq_engine
 from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
+from server.engine.info import info_of
 from server.engine.kv import SlotKV, token_bytes
 from server.engine.messages import Progress, Reply
 from server.engine.probe import Probe
@@ -26,7 +27,6 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
-from server.types import BackboneInfo
 
 CPU_KV_SHARE = 0.3  # of the memory that is free when the backbone is loaded
 GPU_KV_SHARE = 0.7
@@ -90,18 +90,8 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | Encod
         prefill_tokens=config.prefill_tokens,
         max_waiting=config.max_waiting,
     )
-    tokenizer = Tokenizer(folder)
-    info = BackboneInfo(
-        name=backbone.name,
-        folder=str(folder),
-        family=backbone.spec.family,
-        revision=backbone.spec.revision,
-        dtype=str(dtype)[6:],
-        device=str(device),
-        parameters=backbone.parameters,
-        max_model_len=capacity,
-        max_rows=rows,
-        eos_token_ids=sorted(tokenizer.eos_token_ids),
+    info = info_of(
+        backbone, max_model_len=capacity, max_rows=rows, eos_token_ids=Tokenizer(folder).eos_token_ids
     )
     return Engine(
         info=info,

@@ -10,11 +10,11 @@ from server.engine.backbone import Backbone
 from server.engine.batching import Batcher
 from server.engine.encoder import EncoderRunner
 from server.engine.encoder_engine import EncoderEngine
+from server.engine.info import info_of
 from server.engine.messages import Reply
 from server.engine.pooling import read_embedder
 from server.engine.process import EngineConfig
 from server.engine.tokenizer import Tokenizer
-from server.types import BackboneInfo
 
 
 def encoder_engine(config: EngineConfig, backbone: Backbone, send: Callable[[Reply], None]) -> EncoderEngine:
@@ -26,17 +26,10 @@ def encoder_engine(config: EngineConfig, backbone: Backbone, send: Callable[[Rep
     embedder = read_embedder(backbone.folder)
     positions = backbone.spec.max_positions
     Tokenizer(backbone.folder)  # one that cannot be used is an error now, not at the first request
-    info = BackboneInfo(
-        name=backbone.name,
-        folder=str(backbone.folder),
-        family=backbone.spec.family,
-        revision=backbone.spec.revision,
-        dtype=str(backbone.dtype)[6:],
-        device=str(backbone.device),
-        parameters=backbone.parameters,
+    info = info_of(
+        backbone,
         max_model_len=config.max_model_len or min(positions, embedder.longest or positions),
         max_rows=config.max_rows,
-        eos_token_ids=[],
     )
     return EncoderEngine(
         info=info,

@@ -8,6 +8,7 @@ from typing import cast
 from deltas.ops import Mode
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
+from server.engine.info import info_of
 from server.engine.kv import token_bytes
 from server.engine.messages import Reply
 from server.engine.process import EngineConfig
@@ -17,7 +18,6 @@ from server.engine.seq2seq_probe import Seq2SeqProbe
 from server.engine.stacks import decoder_of, stacks_of
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest
-from server.types import BackboneInfo
 
 
 def seq2seq_engine(
@@ -48,17 +48,11 @@ def seq2seq_engine(
     fitting = config.max_rows if device.type == "cpu" else max(1, kv_tokens // whole - 1)
     rows = min(config.max_rows, fitting)
     runner = Seq2SeqRunner(backbone, rows, capacity, capacity, mode=cast("Mode | None", config.ops_mode))
-    info = BackboneInfo(
-        name=backbone.name,
-        folder=str(backbone.folder),
-        family=spec.family,
-        revision=spec.revision,
-        dtype=str(backbone.dtype)[6:],
-        device=str(device),
-        parameters=backbone.parameters,
+    info = info_of(
+        backbone,
         max_model_len=capacity,
         max_rows=rows,
-        eos_token_ids=sorted(Tokenizer(backbone.folder).eos_token_ids),
+        eos_token_ids=Tokenizer(backbone.folder).eos_token_ids,
         decoder_start=decoder_start(backbone),
     )
     return Engine(

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from deltas.attach import attach
 from deltas.bank import PackedDelta
-from deltas.batch import Plan, Segment
+from deltas.batch import Plan
 from deltas.groups import SiteGroup, site_groups
 from deltas.ops import Mode, Ops
 from deltas.sites import SiteKind
 from server.engine.backbone import Backbone
+from server.engine.packed import See, as_it_is, plan_rows, with_prompts
 from server.engine.ragged import SITE, RaggedAttention
-
-See = Callable[[Plan | None], Plan | None]
-"""Given every plan before it is applied; what it returns is applied."""
 
 # What a family's language-model head makes of hidden states [n, hidden]: its logits [n, vocab].
 _HEADS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
@@ -70,10 +68,6 @@ class EncoderRow:
         return 0 if self.delta is None or self.delta.prompt_after_norm else self.delta.shift
 
 
-def _as_it_is(plan: Plan | None) -> Plan | None:
-    return plan
-
-
 @dataclass(eq=False)
 class EncoderRunner:
     """An encoder with its hooks. Not thread-safe: the step loop owns it."""
@@ -101,7 +95,7 @@ class EncoderRunner:
         self._base.embeddings.register_forward_hook(self._insert)
 
     @torch.inference_mode()
-    def run(self, rows: Rows[EncoderRow], see: See = _as_it_is) -> list[Tensor]:
+    def run(self, rows: Rows[EncoderRow], see: See = as_it_is) -> list[Tensor]:
         """The last hidden states ``[prompt + own tokens, hidden]`` of every row, in the backbone's dtype.
 
         Rows of one delta should be adjacent: they then share one segment.
@@ -114,8 +108,8 @@ class EncoderRunner:
         try:
             embedded = self._embed(rows, own, see)
             types = {"token_type_ids": _types(rows)[None].to(device)} if self._typed else {}
-            self._prompts, self._body = self._late(rows, starts), see(self._plan(deltas, lengths))
-            self.hooks.plan = self._body if not self._prompts else see(self._plan(deltas, starts))
+            self._prompts, self._body = self._late(rows, starts), see(plan_rows(self.ops, deltas, lengths))
+            self.hooks.plan = self._body if not self._prompts else see(plan_rows(self.ops, deltas, starts))
             hidden: Tensor = self._base(
                 inputs_embeds=embedded[None],
                 position_ids=self._positions(rows)[None].to(device),
@@ -128,11 +122,11 @@ class EncoderRunner:
         return list(torch.split(hidden, lengths))
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, delta: PackedDelta | None, see: See = _as_it_is) -> Tensor | None:
+    def logits(self, hidden: Tensor, delta: PackedDelta | None, see: See = as_it_is) -> Tensor | None:
         """``[n, vocab]`` of last hidden states of rows of one delta, by the hooked language-model head, if there is one."""
         if "head" not in self.backbone.spec.sites:
             return None
-        self.hooks.plan = see(self._plan([delta], [len(hidden)]))
+        self.hooks.plan = see(plan_rows(self.ops, [delta], [len(hidden)]))
         try:
             logits = _HEADS[self.backbone.spec.family](self.backbone.model, hidden)
         finally:
@@ -146,14 +140,9 @@ class EncoderRunner:
     def _embed(self, rows: Rows[EncoderRow], own: Rows[int], see: See) -> Tensor:
         """Token embeddings, packed, with the prompts that come before the embedding norm."""
         ids = torch.tensor([token for row in rows for token in row.ids], device=self.backbone.device)
-        self.hooks.plan = see(self._plan([row.delta for row in rows], own))
+        self.hooks.plan = see(plan_rows(self.ops, [row.delta for row in rows], own))
         embedded: Tensor = self.backbone.model.get_input_embeddings()(ids)
-        if all(row.early is None for row in rows):
-            return embedded
-        parts: list[Tensor] = []
-        for row, part in zip(rows, torch.split(embedded, list(own)), strict=True):
-            parts += [part] if row.early is None else [row.early, part]
-        return torch.cat(parts)
+        return with_prompts(embedded, own, [row.early for row in rows])
 
     def _positions(self, rows: Rows[EncoderRow]) -> Tensor:
         """Of prompt and own tokens, as the backbone's table counts them: int64 ``[tokens]``."""
@@ -171,13 +160,6 @@ class EncoderRunner:
                 found.append((at, row.late))
             at += start
         return found
-
-    def _plan(self, deltas: Rows[PackedDelta | None], lengths: Rows[int]) -> Plan | None:
-        segments, at = [], 0
-        for delta, length in zip(deltas, lengths, strict=True):
-            segments.append(Segment(at, length, delta))
-            at += length
-        return self.ops.plan(segments, at)
 
     def _insert(self, _module: Any, _args: Any, output: Tensor) -> Tensor:
         if not self._prompts:

@@ -299,9 +299,7 @@ class Scheduler:
         if seq.slot is None:
             raise IntegrityError(f"row {seq.id} has no slot to give back")
         del self._running[seq.id]
-        held = (
-            Held(key_of(seq), seq.tokens(0, seq.computed), seq.prefix) if sound and not seq.source else None
-        )
+        held = Held(key_of(seq), seq.tokens(0, seq.computed)) if sound and not seq.source else None
         self._pool.put(seq.slot, seq.prefix + seq.computed, held)
         seq.slot = None
 

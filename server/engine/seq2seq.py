@@ -15,7 +15,6 @@ from torch import Tensor
 
 from deltas.attach import attach
 from deltas.bank import PackedDelta
-from deltas.batch import Plan, Segment
 from deltas.errors import InvalidDelta
 from deltas.groups import SiteGroup, site_groups
 from deltas.ops import Mode, Ops
@@ -24,8 +23,8 @@ from deltas.sites import SiteKind
 from server.engine.backbone import Backbone
 from server.engine.composition import Compositions
 from server.engine.cross import CrossAttention
-from server.engine.encoder import See
 from server.engine.kv import Attention, SlotKV
+from server.engine.packed import See, as_it_is, plan_rows, with_prompts
 from server.engine.ragged import SITE, RaggedAttention
 from server.engine.runner import RowOutput, StepOutput, lines_of, slot_of
 from server.engine.scheduler import PlannedRow
@@ -53,10 +52,6 @@ class Held:
     @property
     def prompt(self) -> Tensor | None:
         return None if self.delta is None else self.delta.prompt
-
-
-def _as_it_is(plan: Plan | None) -> Plan | None:
-    return plan
 
 
 @dataclass(eq=False)
@@ -189,7 +184,7 @@ class Seq2SeqRunner:
 
     # -- passes ------------------------------------------------------------------------------------------------
 
-    def encode(self, rows: Rows[Held], see: See = _as_it_is) -> Tensor:
+    def encode(self, rows: Rows[Held], see: See = as_it_is) -> Tensor:
         """Encodes these rows' sources and keeps their cross-attention keys and values.
 
         Returns the last hidden states ``[tokens, hidden]``, prompts' among them. Rows with one source and one delta
@@ -207,9 +202,9 @@ class Seq2SeqRunner:
         ids = torch.tensor([token for row in firsts for token in row.source], device=device)
         positions = torch.tensor([at for length in lengths for at in range(length)], device=device)
         try:
-            self.hooks.plan = see(self._plan(deltas, own))
-            embedded = _with_prompts(self.stacks.embed(ids), own, [row.prompt for row in firsts])
-            self.hooks.plan = see(self._plan(deltas, lengths))
+            self.hooks.plan = see(plan_rows(self.ops, deltas, own))
+            embedded = with_prompts(self.stacks.embed(ids), own, [row.prompt for row in firsts])
+            self.hooks.plan = see(plan_rows(self.ops, deltas, lengths))
             attention = RaggedAttention(
                 lengths, deltas, device, kernels=self.ops.kernels, bias=self.stacks.encoder_bias
             )
@@ -284,20 +279,3 @@ class Seq2SeqRunner:
             if index is not None:
                 k, v = k[index], v[index]
             self.cross.write(layer, k, v, token_slots, known[behind], self.ops.kernels)
-
-    def _plan(self, deltas: Rows[PackedDelta | None], lengths: Rows[int]) -> Plan | None:
-        segments, at = [], 0
-        for delta, length in zip(deltas, lengths, strict=True):
-            segments.append(Segment(at, length, delta))
-            at += length
-        return self.ops.plan(segments, at)
-
-
-def _with_prompts(embedded: Tensor, lengths: Rows[int], prompts: Rows[Tensor | None]) -> Tensor:
-    """Packed embeddings of rows of so many tokens, each behind its prompt."""
-    if all(prompt is None for prompt in prompts):
-        return embedded
-    parts: list[Tensor] = []
-    for prompt, part in zip(prompts, torch.split(embedded, list(lengths)), strict=True):
-        parts += [part] if prompt is None else [prompt, part]
-    return torch.cat(parts)

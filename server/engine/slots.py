@@ -17,18 +17,16 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The tokens whose keys and values a slot holds, behind ``prefix`` tokens of the delta's own."""
+    """The tokens whose keys and values a slot holds, behind those of the delta's own prefix."""
 
     key: Key
     tokens: Tokens[int]
-    prefix: int
 
 
 class SlotPool:
     """The slots that no row runs in. Those that hold nothing are given out first, then the one left longest ago."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
         self._empty = list(range(count - 1, -1, -1))  # used last, first out: its memory is warm
         self._held: dict[int, Held] = {}  # oldest first
         self._used = [0] * count  # tokens of memory that a slot may have touched since it was emptied
