@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from deltas.errors import UnsupportedBackbone
 from deltas.ops import Mode, native
 from server.engine import backbone as backbones
+from server.engine import shared
 from server.engine.build_encoder import encoder_engine
 from server.engine.build_seq2seq import seq2seq_engine
 from server.engine.encoder_engine import EncoderEngine
@@ -32,8 +33,12 @@ CPU_KV_SHARE = 0.3  # of the memory that is free when the backbone is loaded
 GPU_KV_SHARE = 0.7
 
 
-def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | EncoderEngine:
+def build(
+    config: EngineConfig, send: Callable[[Reply], None], weights: int | None = None
+) -> Engine | EncoderEngine:
     """Finds, checks and loads the backbone, and makes the engine around it.
+
+    ``weights`` is a descriptor of memory into which the backbone's weights go, for others to map (``shared.py``).
 
     Raises :class:`server.errors.InvalidRequest` for settings that cannot work, before weights are read where possible.
     """
@@ -54,6 +59,8 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | Encod
         backbone = backbones.load(located.name, folder, device, dtype)
     except UnsupportedBackbone as error:
         raise InvalidRequest(str(error), param="backbone") from error
+    if weights is not None:
+        _share(backbone, weights)
     if backbone.spec.kind == "encoder-decoder":
         kernels.join()
         return seq2seq_engine(config, backbone, config.kv_bytes or _free_bytes(device), send)
@@ -103,6 +110,13 @@ def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | Encod
         host_delta_bytes=config.host_delta_bytes,
         pinned_delta_share=config.pinned_delta_share,
     )
+
+
+def _share(backbone: backbones.Backbone, fd: int) -> None:
+    try:
+        shared.share(backbone, fd)
+    except shared.SharedWeightsError as error:
+        raise InvalidRequest(str(error), param="backbone") from error
 
 
 def _free_bytes(device: torch.device) -> int:

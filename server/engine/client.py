@@ -9,9 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import socket
-import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
@@ -40,8 +37,8 @@ from server.engine.messages import (
     Submit,
     Where,
 )
-from server.engine.process import EngineConfig, python_path
-from server.engine.wire import ApiSide
+from server.engine.process import EngineConfig
+from server.engine.wire import ParentSide, start_child
 from server.errors import (
     Conflict,
     ContextTooLong,
@@ -95,9 +92,15 @@ _Answer = TypeVar("_Answer", ProbeResult, Residence)
 
 
 class EngineClient:
-    """One engine process and the requests that run on it."""
+    """One engine process and the requests that run on it.
 
-    def __init__(self, settings: Settings, *, ops_mode: str | None = None) -> None:
+    ``weights`` is a descriptor of memory that it puts the backbone's weights into (``shared.py``).
+    """
+
+    def __init__(
+        self, settings: Settings, *, ops_mode: str | None = None, weights: int | None = None
+    ) -> None:
+        self.weights = weights
         self._config = EngineConfig(
             ops_mode=ops_mode,
             data_dir=str(settings.data_dir),
@@ -109,7 +112,7 @@ class EngineClient:
         )
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Queue[_Event]] = {}
-        self._side: ApiSide | None = None
+        self._side: ParentSide[Reply, Request] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
@@ -271,7 +274,9 @@ class EngineClient:
             return event
 
     @contextlib.asynccontextmanager
-    async def _conversation(self) -> AsyncGenerator[tuple[int, ApiSide, asyncio.Queue[_Event]], None]:
+    async def _conversation(
+        self,
+    ) -> AsyncGenerator[tuple[int, ParentSide[Reply, Request], asyncio.Queue[_Event]], None]:
         side = self._side
         if side is None or self.not_ready is not None:
             raise EngineRestarting(self._reason)
@@ -306,24 +311,14 @@ class EngineClient:
 
     async def _run_once(self) -> bool:
         """Starts a process and serves its messages until it is gone. Was it ever ready?"""
-        ours, theirs = socket.socketpair()
         self._reason = "the engine is starting"
-        try:
-            environment = os.environ | {"PYTHONPATH": python_path()}
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # the folder we were started in is not a place to import from
-                "-m",
-                "server.engine.process",
-                str(theirs.fileno()),
-                msgspec.json.encode(self._config).decode(),
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-        finally:
-            theirs.close()
-        side = ApiSide(*await asyncio.open_unix_connection(sock=ours))
+        shared = [] if self.weights is None else [self.weights]
+        self._process, side = await start_child(
+            "server.engine.process",
+            [msgspec.json.encode(self._config).decode(), *map(str, shared)],
+            Reply,
+            shared,
+        )
         try:
             while (reply := await side.receive()) is not None:
                 if isinstance(reply, Ready):
