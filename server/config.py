@@ -52,6 +52,18 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(2 << 30, ge=1 << 10, description="largest delta upload")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine (default: all cores)")
+    tuning_priority: Literal["idle", "low", "normal"] = Field(
+        "idle", description="of the tuner's threads: idle runs only where the engine leaves a core free"
+    )
+    tuning_threads: int | None = Field(
+        None, ge=1, description="CPU threads of the tuner (default: all cores)"
+    )
+    tuning_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of its time that the tuner works while requests run (default: 1 on a CPU, 0.5 on a GPU)",
+    )
     drain_seconds: float = Field(30.0, ge=0, description="how long running requests may finish after SIGTERM")
     metrics_open: bool = Field(False, description="serve /metrics without the admin key")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the server's log")
