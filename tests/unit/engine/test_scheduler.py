@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import server.engine.scheduler as scheduler_module
-from server.engine.scheduler import IntegrityError, Scheduler
+from server.engine.scheduler import IntegrityError
 from server.engine.sequence import Sequence
 from server.errors import ContextTooLong, InvalidRequest, Unavailable
 from tests.unit.engine.scheduling import Engine, make, resident, row
