@@ -94,7 +94,7 @@ def deltas(runner: Any, n: int) -> tuple[Any, Any]:
 
 def first_tokens(runner: Any, rows: int, length: int, delta: Any) -> tuple[float, int]:
     """Seconds until every row has its first token, and the tokens that went through the backbone."""
-    from server.engine.scheduler import PlannedRow
+    from server.engine.plan import PlannedRow
     from server.engine.sequence import Sequence
     from server.types import DeltaRef, SamplingParams
 

@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         1024, ge=1, description="most requests waiting for a row; more are refused with 503"
     )
+    queue_timeout_seconds: float = Field(
+        600.0, ge=0, description="longest wait for a row; then 503 (0: as long as it takes)"
+    )
     prefill_tokens: int = Field(512, ge=16, description="most prompt tokens in one step")
     kv_bytes: int | None = Field(
         None, ge=1 << 20, description="memory for keys and values (default: by device)"

@@ -96,6 +96,7 @@ def build(
         kv_tokens=min(kv_tokens, rows * capacity),
         prefill_tokens=config.prefill_tokens,
         max_waiting=config.max_waiting,
+        queue_timeout=config.queue_timeout,
     )
     info = info_of(
         backbone, max_model_len=capacity, max_rows=rows, eos_token_ids=Tokenizer(folder).eos_token_ids

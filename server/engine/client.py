@@ -48,6 +48,7 @@ from server.errors import (
     InvalidComposition,
     InvalidRequest,
     Quarantined,
+    QueueTimeout,
     RowFailed,
     Unavailable,
     UnsupportedTask,
@@ -63,6 +64,7 @@ from server.types import (
     SamplingParams,
     Tier,
     TokenEvent,
+    Turn,
     Vector,
     Want,
 )
@@ -78,6 +80,7 @@ ERRORS: dict[str, type[DeltaserveError]] = {
         InvalidComposition,
         InvalidRequest,
         Quarantined,
+        QueueTimeout,
         RowFailed,
         Unavailable,
         UnsupportedTask,
@@ -159,7 +162,7 @@ class EngineClient:
         prompt: list[int],
         sampling: SamplingParams,
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]:
         """Runs one row. Closing the generator frees it; every other end is a finish reason or an exception.
@@ -167,7 +170,11 @@ class EngineClient:
         ``source`` is what an encoder-decoder's encoder reads.
         """
         async with self._conversation() as (request_id, side, events):
-            side.send(Submit(request_id, tenant, prompt, delta, sampling, list(source)))
+            side.send(
+                Submit(
+                    request_id, turn.tenant, prompt, delta, sampling, list(source), turn.weight, turn.priority
+                )
+            )
             ended = False
             try:
                 while not ended:
@@ -188,7 +195,7 @@ class EngineClient:
         prompt: list[int],
         choices: Sequence[list[int]],
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> list[list[float]]:
         """The log-probability of every token of each choice behind ``prompt``. Raises the first error."""
@@ -197,7 +204,7 @@ class EngineClient:
         async def one(choice: list[int]) -> list[float]:
             found: list[float] = []
             rows = self.generate(
-                prompt=[*prompt, *choice], sampling=sampling, delta=delta, tenant=tenant, source=source
+                prompt=[*prompt, *choice], sampling=sampling, delta=delta, turn=turn, source=source
             )
             async with contextlib.aclosing(rows) as events:
                 async for event in events:
@@ -213,7 +220,7 @@ class EngineClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def encode(
-        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, turn: Turn
     ) -> list[Vector | DeltaserveError]:
         """Puts rows through an encoder: what each became, or its own error, in order.
 
@@ -225,7 +232,7 @@ class EngineClient:
                 return []
             side = opened[0][1]
             numbered = [(found[0], row) for found, row in zip(opened, rows, strict=True)]
-            side.send(Encode(tenant, numbered, delta, want))
+            side.send(Encode(turn.tenant, numbered, delta, want, turn.weight, turn.priority))
             found: list[Vector | DeltaserveError] = []
             try:
                 for _, _, events in opened:

@@ -40,12 +40,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     max_waiting: int
     prefill_tokens: int
+    queue_timeout_seconds: float = 0.0
     kv_bytes: int | None
     delta_bytes: int
     host_delta_bytes: int
     pinned_delta_share: float = 0.5
     threads: int | None
     ops_mode: str | None = None
+
+    @property
+    def queue_timeout(self) -> float:
+        """How long a row may wait, in seconds: infinite where the setting is 0."""
+        return self.queue_timeout_seconds or float("inf")
 
 
 def main() -> None:

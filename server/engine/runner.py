@@ -20,7 +20,7 @@ from server.engine.backbone import Backbone
 from server.engine.composition import Compositions
 from server.engine.kv import Attention, SlotKV
 from server.engine.lean import LeanDecoder
-from server.engine.scheduler import PlannedRow
+from server.engine.plan import PlannedRow
 from server.engine.sequence import Sequence
 
 LONGEST_PROMPT = 1024  # tokens of a soft prompt; published ones have 5 to 200

@@ -25,9 +25,9 @@ from server.engine.composition import Compositions
 from server.engine.cross import CrossAttention
 from server.engine.kv import Attention, SlotKV
 from server.engine.packed import See, as_it_is, plan_rows, with_prompts
+from server.engine.plan import PlannedRow
 from server.engine.ragged import SITE, RaggedAttention
 from server.engine.runner import RowOutput, StepOutput, lines_of, slot_of
-from server.engine.scheduler import PlannedRow
 from server.engine.sequence import Sequence
 from server.engine.stacks import decoder_of, stacks_of
 from server.engine.t5_bias import Before, TokenBias

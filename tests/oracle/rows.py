@@ -17,8 +17,8 @@ from deltas.pack import pack
 from deltas.weights import FrozenTensors
 from server.engine.backbone import Backbone, load
 from server.engine.kv import SlotKV
+from server.engine.plan import PlannedRow
 from server.engine.runner import Runner
-from server.engine.scheduler import PlannedRow
 from server.engine.sequence import Sequence
 from server.types import DeltaRef, SamplingParams
 
