@@ -27,6 +27,8 @@ GIVEN: Mapping[str, Mapping[str, Any]] = {
     "compacter": {"pieces": 2},
     "prompt": {"length": 4},
     "prefix": {"length": 4},
+    "diff_pruning": {"density": 0.1},
+    "intrinsic": {"dimensions": 7},
 }
 """Options where the defaults do not fit a tiny backbone, or where there are none."""
 
@@ -69,6 +71,8 @@ def begin(
     """The method's start, every parameter ``moved`` by random numbers of about that size, requiring gradients."""
     method, weights = tunable(name), weights_of(family)
     options = method.options({**GIVEN.get(name, {}), **(given or {})}, weights.spec)
+    if targets is None and name == "selective_module":
+        targets = ["norms", "mlp.down"]
     sites = method.sites(targets, weights.spec)
     start = method.start(options, sites, weights, torch.Generator().manual_seed(1))
     rng = torch.Generator().manual_seed(2)

@@ -8,8 +8,11 @@ from deltas.errors import InvalidDelta
 from deltas.tunable import Tunable
 from deltas.tuned.adapters import PRESETS, BottleneckTuning, CompacterTuning
 from deltas.tuned.head import HeadTuning
+from deltas.tuned.intrinsic import IntrinsicTuning
 from deltas.tuned.lora import LoraTuning
+from deltas.tuned.modules import LastLayerTuning, ModuleTuning
 from deltas.tuned.prompts import PrefixTuning, PromptTuning
+from deltas.tuned.sparse import DiffPruningTuning, MaskingTuning
 from deltas.tuned.vectors import BitFitTuning, IA3Tuning, NormTuning
 
 _ALL: tuple[Tunable, ...] = (
@@ -22,6 +25,11 @@ _ALL: tuple[Tunable, ...] = (
     PrefixTuning(),
     IA3Tuning(),
     NormTuning(),
+    DiffPruningTuning(),
+    MaskingTuning(),
+    IntrinsicTuning(),
+    LastLayerTuning(),
+    ModuleTuning(),
     HeadTuning(),
 )
 
@@ -38,6 +46,8 @@ ALIASES: Mapping[str, str] = {
     "prefix_tuning": "prefix",
     "layer_norm": "ln",
     "head_only": "head",
+    "selective": "selective_module",
+    "intrinsic_dimension": "intrinsic",
 }
 
 

@@ -63,6 +63,9 @@ class Trained:
         self.check_stored(component)
         return {name: tensor.detach().float().clone() for name, tensor in component.tensors.items()}
 
+    def stored_sites(self, component: Component, spec: BackboneSpec, /) -> list[Site]:
+        return [spec.sites[name] for name in spec.sites if name in component.sites()]
+
     def check_stored(self, component: Component) -> None:
         """Refuse a component of another method."""
         if component.method != self.method:

@@ -52,6 +52,9 @@ class PromptTuning(Trained):
             raise InvalidDelta(f"a prompt goes before {usual[0].name}; leave targets out", field="targets")
         return usual
 
+    def stored_sites(self, _component: Component, spec: BackboneSpec, /) -> list[Site]:
+        return self.usual(spec)
+
     def start(
         self, options: Mapping[str, Any], sites: Sequence[Site], weights: SiteWeights, rng: torch.Generator, /
     ) -> dict[str, Tensor]:
