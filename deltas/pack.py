@@ -174,11 +174,12 @@ def _place(
         view = arena[at : at + tensor.numel()].view(tensor.shape)
         view.copy_(tensor)
         at += padded(tensor.numel())
-        if not bool(torch.isfinite(view).all()):  # 0 * inf would reach other rows of a dense product
-            raise InvalidDelta(f"a value of the delta is beyond {str(dtype)[6:]}, the backbone's dtype")
         return view
 
-    return arena, {group: tuple(map_tensors(s, put)) for group, s in sorted(steps.items())}
+    placed = {group: tuple(map_tensors(s, put)) for group, s in sorted(steps.items())}
+    if not bool(torch.isfinite(arena).all()):  # 0 * inf would reach other rows of a dense product
+        raise InvalidDelta(f"a value of the delta is beyond {str(dtype)[6:]}, the backbone's dtype")
+    return arena, placed
 
 
 def _join_prefixes(parts: Iterable[KVPrefix], dtype: torch.dtype) -> KVPrefix:
