@@ -29,7 +29,7 @@ from deltas.patches import (
     SparseDiff,
 )
 from deltas.sites import BackboneSpec, SiteKind
-from deltas.tensors import map_tensors, tensors_of
+from deltas.tensors import map_tensors, surely_finite, tensors_of
 
 ALIGN_BYTES = 64
 
@@ -137,7 +137,7 @@ def _steps(patches: Sequence[Patch], place: Place, *, split: bool) -> tuple[list
             last.append(Placed(out0, out, sparse.packed(patch, rows, columns, embedding=embedding)))
         else:
             (last if isinstance(patch, _LAST) else first).append(Placed(out0, out, patch, embedding))
-    middle: list[Applied] = [] if fused == nothing else [fused]
+    middle: list[Applied] = [] if fused is nothing else [fused]
     return first, [*middle, *chain, *last]
 
 
@@ -174,11 +174,14 @@ def _place(
         view = arena[at : at + tensor.numel()].view(tensor.shape)
         view.copy_(tensor)
         at += padded(tensor.numel())
-        if not bool(torch.isfinite(view).all()):  # 0 * inf would reach other rows of a dense product
-            raise InvalidDelta(f"a value of the delta is beyond {str(dtype)[6:]}, the backbone's dtype")
         return view
 
-    return arena, {group: tuple(map_tensors(s, put)) for group, s in sorted(steps.items())}
+    placed = {group: tuple(map_tensors(s, put)) for group, s in sorted(steps.items())}
+    if not surely_finite([arena]) and not bool(
+        torch.isfinite(arena).all()
+    ):  # 0 * inf would reach other rows of a dense product
+        raise InvalidDelta(f"a value of the delta is beyond {str(dtype)[6:]}, the backbone's dtype")
+    return arena, placed
 
 
 def _join_prefixes(parts: Iterable[KVPrefix], dtype: torch.dtype) -> KVPrefix:
