@@ -90,10 +90,28 @@ INLINE void NAME(dots)(int n, int m, const T *z, int64_t ldz, const T *down, int
     }
 }
 
+/* What `up` is multiplied by. Where two of its rows go in one instruction that is h rounded to bfloat16, as the
+ * backbone's own layers would round it, and zero behind an odd rank. */
+#if DS_BF16 && defined(DOT_BF16)
+typedef T NAME(hidden);
+INLINE void NAME(to_hidden)(float *h, int64_t rank, T *hidden) {
+    if (rank % 2) h[rank] = 0.0f;
+    for (int64_t r = 0; r < rank; r += LANES) {
+        __m256bh rounded = _mm512_cvtneps_pbh((__m512)load_f(h + r));
+        memcpy(hidden + r, &rounded, sizeof rounded);
+    }
+}
+#else
+typedef float NAME(hidden);
+INLINE void NAME(to_hidden)(float *h, int64_t rank, float *hidden) {
+    memcpy(hidden, h, (size_t)rank * sizeof(float));
+}
+#endif
+
 /* y[t][0:count] = gain * y + h_t . up[:, 0:count] + shift for n tokens and `pairs` pairs of columns; the last
  * may be partial. */
-INLINE void NAME(spread)(int n, int pairs, const float *h, int64_t ldh, const T *up, int64_t rank, int64_t out,
-                         const T *gain, const T *shift, T *y, int64_t ldy, int64_t count, ahead *next) {
+INLINE void NAME(spread)(int n, int pairs, const NAME(hidden) *h, int64_t ldh, const T *up, int64_t rank,
+                         int64_t out, const T *gain, const T *shift, T *y, int64_t ldy, int64_t count, ahead *next) {
     ahead coming = *next;
     pair acc[4][4];
     UNROLL
@@ -112,6 +130,27 @@ INLINE void NAME(spread)(int n, int pairs, const float *h, int64_t ldh, const T 
             }
         }
     }
+#if DS_BF16 && defined(DOT_BF16)
+    for (int64_t r = 0; r < rank; r += 2) { /* the products of two rows of up in one go */
+        coming = fetch(coming, 2 * pairs * LINES);
+        UNROLL
+        for (int p = 0; p < pairs; p++) {
+            const T *from = up + r * out + p * PAIR;
+            vu lower = NAME(load_strip)(from, count - p * PAIR), upper = {0};
+            if (r + 1 < rank) upper = NAME(load_strip)(from + out, count - p * PAIR);
+            vu even = (vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)lower, (__m512i)(upper << 16));
+            vu odd = (vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(lower >> 16), (__m512i)upper);
+            UNROLL
+            for (int t = 0; t < n; t++) {
+                int32_t both;
+                memcpy(&both, h + t * ldh + r, sizeof both);
+                vu w = (vu)_mm512_set1_epi32(both);
+                acc[t][p].a = NAME(add_products)(acc[t][p].a, w, even);
+                acc[t][p].b = NAME(add_products)(acc[t][p].b, w, odd);
+            }
+        }
+    }
+#else
     for (int64_t r = 0; r < rank; r++) {
         coming = fetch(coming, pairs * LINES);
         UNROLL
@@ -124,6 +163,7 @@ INLINE void NAME(spread)(int n, int pairs, const float *h, int64_t ldh, const T 
             }
         }
     }
+#endif
     *next = coming;
     if (shift != NULL) {
         UNROLL
@@ -158,12 +198,13 @@ INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, i
     int64_t rank = e->rank, ldh = round_up(rank, LANES);
     const T *down = e->down, *bias = e->down_bias, *up = e->up, *gain = e->gain, *shift = e->shift;
     float *h = scratch;
+    NAME(hidden) *hidden = (NAME(hidden) *)(scratch + TOKENS * ldh);
     if (rank > 0) {
         const int wide = n == 1 ? 2 * DOT_ROWS : DOT_ROWS;
         const T *z = e->reads == READS_Y ? y : x; /* as it lies */
         int64_t ldz = e->reads == READS_Y ? ldy : ldx;
         if (e->reads == READS_X_AND_Y) {
-            T *both = (T *)(scratch + TOKENS * ldh);
+            T *both = (T *)(scratch + 2 * TOKENS * ldh);
             NAME(add_inputs)(n, x, ldx, y, ldy, in, both);
             z = both;
             ldz = in;
@@ -180,14 +221,15 @@ INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, i
                     if (bias != NULL) v += NAME(load_one)(bias + r);
                     h[t * ldh + r] = activate(v, e->activation);
                 }
+        for (int t = 0; t < n; t++) NAME(to_hidden)(h + t * ldh, rank, hidden + t * ldh);
     }
     const int pairs = n == 1 && LANES == 16 ? 4 : 2;
     int64_t o = 0;
     for (; o + pairs * PAIR <= e->out; o += pairs * PAIR)
-        NAME(spread)(n, pairs, h, ldh, up + o, rank, e->out, gain ? gain + o : NULL, shift ? shift + o : NULL,
+        NAME(spread)(n, pairs, hidden, ldh, up + o, rank, e->out, gain ? gain + o : NULL, shift ? shift + o : NULL,
                      y + o, ldy, pairs * PAIR, next + 1);
     for (; o < e->out; o += PAIR)
-        NAME(spread)(n, 1, h, ldh, up + o, rank, e->out, gain ? gain + o : NULL, shift ? shift + o : NULL, y + o,
+        NAME(spread)(n, 1, hidden, ldh, up + o, rank, e->out, gain ? gain + o : NULL, shift ? shift + o : NULL, y + o,
                      ldy, e->out - o, next + 1);
 }
 
@@ -218,7 +260,7 @@ EXPORT int NAME(ds_patch)(const void *lines, int64_t entries, const void *x, int
     }
     if (units == 0) return 0;
     int threads = work < FEW ? 1 : (int)min64(omp_get_max_threads(), units);
-    int64_t each = TOKENS * round_up(in + round_up(rank, LANES), 16); /* floats: h, and a sum of two inputs */
+    int64_t each = TOKENS * round_up(in + 2 * round_up(rank, LANES), 16); /* floats: h, and a sum of two inputs */
     float *scratch = aligned_alloc(64, (size_t)(each * threads) * sizeof(float));
     if (scratch == NULL) return NO_MEMORY;
     int64_t taken = 0;
