@@ -47,9 +47,7 @@ class BartStacks:
         k, v = _heads(encoded, module, module.k_proj, module.v_proj)
         return k, v
 
-    def decode(
-        self, ids: Tensor, positions: Tensor, attention: Sequence[Attend], cross: Cross
-    ) -> Tensor:
+    def decode(self, ids: Tensor, positions: Tensor, attention: Sequence[Attend], cross: Cross) -> Tensor:
         """The decoder's last hidden states ``[tokens, hidden]``; ``attention`` by layer."""
         hidden = _placed(self._decoder, self._decoder.embed_tokens(ids), positions)
         for index, layer in enumerate(self._decoder.layers):

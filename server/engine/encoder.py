@@ -103,10 +103,14 @@ class EncoderRunner:
 
         Rows of one delta should be adjacent: they then share one segment.
         """
-        return self.forward(rows, self._attention, see)
+        hidden, lengths = self.forward(rows, self._attention, see)
+        return list(torch.split(hidden, lengths))
 
-    def forward(self, rows: Rows[EncoderRow], attention: Attention, see: See = as_it_is) -> list[Tensor]:
-        """:meth:`run` with another attention, of these lengths and deltas, and gradients where the mode has them."""
+    def forward(
+        self, rows: Rows[EncoderRow], attention: Attention, see: See = as_it_is
+    ) -> tuple[Tensor, list[int]]:
+        """The packed last hidden states ``[tokens, hidden]`` and how many are each row's, by this attention; gradients
+        flow through them if the ops are for training."""
         device = self.backbone.device
         deltas = [row.delta for row in rows]
         own = [len(row.ids) for row in rows]
@@ -126,7 +130,7 @@ class EncoderRunner:
         finally:
             self.hooks.plan = self._body = None
             self._prompts = []
-        return list(torch.split(hidden, lengths))
+        return hidden, lengths
 
     def _attention(self, lengths: Rows[int], deltas: Rows[PackedDelta | None]) -> RaggedAttention:
         return RaggedAttention(lengths, deltas, self.backbone.device, kernels=self.ops.kernels)

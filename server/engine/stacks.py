@@ -38,9 +38,7 @@ class Stacks(Protocol):
 
     def cross(self, layer: int, encoded: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def decode(
-        self, ids: Tensor, positions: Tensor, attention: Sequence[Attend], cross: Cross
-    ) -> Tensor: ...
+    def decode(self, ids: Tensor, positions: Tensor, attention: Sequence[Attend], cross: Cross) -> Tensor: ...
 
 
 def stacks_of(backbone: Backbone) -> Stacks:

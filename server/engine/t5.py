@@ -54,9 +54,7 @@ class T5Stacks:
         k, v = self._heads(encoded, module.k, module.v)
         return k, v
 
-    def decode(
-        self, ids: Tensor, _positions: Tensor, attention: Sequence[Attend], cross: Cross
-    ) -> Tensor:
+    def decode(self, ids: Tensor, _positions: Tensor, attention: Sequence[Attend], cross: Cross) -> Tensor:
         """The decoder's last hidden states ``[tokens, hidden]``; ``attention`` by layer."""
         hidden: Tensor = self._decoder.embed_tokens(ids)
         for index, block in enumerate(self._decoder.block):

@@ -21,60 +21,85 @@ from server.engine.ragged import SITE, PairBias
 _WASTE = 1.35  # of padded places to real ones, beyond which a bucket is cut in two
 
 
-@dataclass(frozen=True, eq=False)
-class _Pad(torch.autograd.Function):
-    """``x[index]``, with ``back`` telling where each line of x is in what comes of it, for the gradient.
-
-    What a padded place adds to its line's gradient is zero, since nothing reads its result.
-    """
+class _Spread(torch.autograd.Function):
+    """``x[index]``, where ``places`` is where each line of x is then, once: what padded places add to a gradient is zero,
+    since nothing reads what they give."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
+    def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
         return x[index]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grads[0].flatten(0, 1)[back], None, None
+        (places,) = ctx.saved_tensors
+        return grads[0][places], None, None
 
 
-class _Unpad(torch.autograd.Function):
-    """The inverse: the lines ``back`` of all buckets' padded places ``[places, ...]``."""
+class _Collect(torch.autograd.Function):
+    """The inverse: the lines ``places`` of ``padded``."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
+    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
         ctx.shape = padded.shape
-        return padded[back]
+        return padded[places]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (back,) = ctx.saved_tensors
+        (places,) = ctx.saved_tensors
         padded = grads[0].new_zeros(ctx.shape)
-        padded[back] = grads[0]
+        padded[places] = grads[0]
         return padded, None
 
 
 @dataclass(frozen=True, eq=False)
 class _Bucket:
-    """Rows of one prefix. ``index`` int64 ``[rows, longest]``: the packed token of each place; ``back`` int64: the
-    place, row after row, of each of the bucket's tokens; ``lengths`` int64 ``[rows]``."""
+    """Rows that are padded together. ``tokens`` int64 ``[rows, longest]``: the packed token at each place; ``lengths``
+    int64 ``[rows]``; ``even``: they are all as long."""
 
     delta: PackedDelta | None
-    index: Tensor
-    back: Tensor
+    tokens: Tensor
     lengths: Tensor
     even: bool
 
     @property
     def longest(self) -> int:
-        return self.index.shape[1]
+        return self.tokens.shape[1]
 
-    def gather(self, x: Tensor) -> Tensor:
-        """``[tokens, heads, head_dim]`` -> ``[rows, heads, longest, head_dim]``."""
-        padded: Tensor = _Pad.apply(x, self.index, self.back)  # type: ignore[no-untyped-call]
-        return padded.transpose(1, 2)
+
+class _Layout:
+    """Packed tokens as buckets of padded rows, and back."""
+
+    def __init__(self, buckets: Sequence[_Bucket]) -> None:
+        self.buckets = buckets
+        self._index = torch.cat([bucket.tokens.flatten() for bucket in buckets])
+        real = torch.cat([_real(bucket) for bucket in buckets]).nonzero().squeeze(1)
+        self._places = real[self._index[real].argsort()]
+        self._as_it_is = len(self._index) == len(real) and bool((self._index == self._places).all())
+
+    def spread(self, x: Tensor) -> list[Tensor]:
+        """``[tokens, heads, head_dim]`` -> by bucket ``[rows, heads, longest, head_dim]``."""
+        padded: Tensor = x if self._as_it_is else _Spread.apply(x, self._index, self._places)  # type: ignore[no-untyped-call]
+        parts = padded.split([bucket.tokens.numel() for bucket in self.buckets])
+        return [
+            part.unflatten(0, tuple(bucket.tokens.shape)).transpose(1, 2)
+            for part, bucket in zip(parts, self.buckets, strict=True)
+        ]
+
+    def collect(self, found: Sequence[Tensor]) -> Tensor:
+        """The inverse of :meth:`spread`."""
+        padded = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in found])
+        if self._as_it_is:
+            return padded
+        packed: Tensor = _Collect.apply(padded, self._places)  # type: ignore[no-untyped-call]
+        return packed
+
+
+def _real(bucket: _Bucket) -> Tensor:
+    """Whether a bucket's places hold a token of their own, bool ``[rows * longest]``."""
+    at = torch.arange(bucket.longest, device=bucket.tokens.device)
+    return (at < bucket.lengths[:, None]).flatten()
 
 
 class PackedAttention:
@@ -98,8 +123,7 @@ class PackedAttention:
     ) -> None:
         self._causal, self._bias = causal, bias
         self._site_of = site_of or (lambda module: str(getattr(module, SITE)))
-        self._buckets = _buckets(lengths, deltas, device)
-        self._back = _places(self._buckets)
+        self._layout = _Layout(_buckets(lengths, deltas, device))
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def __call__(
@@ -118,24 +142,17 @@ class PackedAttention:
         for others; ``softcap`` c turns every score s into c tanh(s / c).
         """
         site = self._site_of(where)
+        layout = self._layout
+        parts = zip(layout.buckets, layout.spread(q), layout.spread(k), layout.spread(v), strict=True)
         found = []
-        for number, bucket in enumerate(self._buckets):
-            prefix = None if bucket.delta is None else bucket.delta.prefixes.get(site)
-            queries, keys, values = bucket.gather(q), bucket.gather(k), bucket.gather(v)
-            before = 0
-            if prefix is not None:
-                before = len(prefix.keys)
-                keys, values = _behind(prefix.keys, keys), _behind(prefix.values, values)
-            if window is not None and window >= bucket.longest + before:
-                seen = None
-            else:
-                seen = window
-            mask = self._mask(number, bucket, before, seen)
+        for number, (bucket, queries, keys, values) in enumerate(parts):
+            prefix, keys, values = _behind(bucket, site, keys, values)
+            before = 0 if prefix is None else len(prefix.keys)
+            narrow = window if window is not None and window < bucket.longest + before else None
+            mask = self._mask(number, bucket, before, narrow)
             added = self._added(bucket, prefix)
-            attended = attend(queries, keys, values, scale, mask, added, softcap, causal=self._causal)
-            found.append(attended.transpose(1, 2).flatten(0, 1))
-        whole: Tensor = _Unpad.apply(torch.cat(found), self._back)  # type: ignore[no-untyped-call]
-        return whole
+            found.append(attend(queries, keys, values, scale, mask, added, softcap, causal=self._causal))
+        return layout.collect(found)
 
     def _mask(self, number: int, bucket: _Bucket, before: int, window: int | None) -> Tensor | None:
         """What places see, bool, broadcastable to ``[rows, 1, longest, before + longest]``; None where plain (causal)
@@ -149,7 +166,7 @@ class PackedAttention:
         return self._masks[key]
 
     def _visible(self, bucket: _Bucket, before: int, window: int | None) -> Tensor:
-        device = bucket.index.device
+        device = bucket.tokens.device
         queries = torch.arange(bucket.longest, device=device)[:, None] + before
         keys = torch.arange(bucket.longest + before, device=device)
         if self._causal:
@@ -189,37 +206,29 @@ class PackedCross:
         site_of: Callable[[int], str],
     ) -> None:
         self._keys_of, self._site_of = keys_of, site_of
-        self._pairs: list[tuple[_Bucket, _Bucket]] = []
-        starts, sources = _starts(counts), _starts(lengths)
+        own, sources = [], []
+        starts, source_starts = _starts(counts), _starts(lengths)
         for rows in _by_prefix(deltas):
-            self._pairs.append(
-                (
-                    _bucket([(starts[row], counts[row]) for row in rows], deltas[rows[0]], device),
-                    _bucket([(sources[row], lengths[row]) for row in rows], deltas[rows[0]], device),
-                )
-            )
-        self._back = _places([own for own, _ in self._pairs])
+            delta = deltas[rows[0]]
+            own.append(_bucket([(starts[row], counts[row]) for row in rows], delta, device))
+            sources.append(_bucket([(source_starts[row], lengths[row]) for row in rows], delta, device))
+        self._own, self._sources = _Layout(own), _Layout(sources)
 
     def __call__(self, layer: int, q: Tensor, scale: float, /) -> Tensor:
         """``q`` ``[tokens, heads, head_dim]`` -> the same shape."""
         k, v = self._keys_of(layer)
-        site = self._site_of(layer)
+        site, sources = self._site_of(layer), self._sources
+        parts = zip(sources.buckets, self._own.spread(q), sources.spread(k), sources.spread(v), strict=True)
         found = []
-        for own, source in self._pairs:
-            prefix = None if own.delta is None else own.delta.prefixes.get(site)
-            queries, keys, values = own.gather(q), source.gather(k), source.gather(v)
-            before = 0
-            if prefix is not None:
-                before = len(prefix.keys)
-                keys, values = _behind(prefix.keys, keys), _behind(prefix.values, values)
+        for bucket, queries, keys, values in parts:
+            prefix, keys, values = _behind(bucket, site, keys, values)
+            before = 0 if prefix is None else len(prefix.keys)
             mask = None
-            if not source.even:
-                places = torch.arange(source.longest + before, device=q.device)
-                mask = places < source.lengths[:, None, None, None] + before
-            attended = attend(queries, keys, values, scale, mask, None, None, causal=False)
-            found.append(attended.transpose(1, 2).flatten(0, 1))
-        whole: Tensor = _Unpad.apply(torch.cat(found), self._back)  # type: ignore[no-untyped-call]
-        return whole
+            if not bucket.even:
+                places = torch.arange(bucket.longest + before, device=q.device)
+                mask = places < bucket.lengths[:, None, None, None] + before
+            found.append(attend(queries, keys, values, scale, mask, None, None, causal=False))
+        return self._own.collect(found)
 
 
 def attend(
@@ -233,9 +242,9 @@ def attend(
     *,
     causal: bool,
 ) -> Tensor:
-    """Attention of ``q`` ``[rows, heads, tokens, head_dim]``, ``k``, ``v`` ``[rows, kv_heads, keys, head_dim]`` -> as ``q``.
+    """Attention of ``q`` ``[rows, heads, tokens, head_dim]``, ``k``, ``v`` ``[rows, kv_heads, keys, head_dim]``.
 
-    ``mask`` is True where a token sees a key; without one, ``causal`` tokens see as many keys as themselves. ``bias`` is
+    Gives the shape of ``q``. ``mask`` is True where a token sees a key; without one, ``causal`` tokens see as many keys as themselves. ``bias`` is
     added to the scores.
     """
     grouped = q.shape[1] != k.shape[1]
@@ -269,9 +278,15 @@ def _softened(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
     return attended.reshape(rows, heads, tokens, width)
 
 
-def _behind(prefix: Tensor, own: Tensor) -> Tensor:
-    """A prefix ``[n, kv_heads, head_dim]`` before each row's own ``[rows, kv_heads, tokens, head_dim]``."""
-    return torch.cat([prefix.transpose(0, 1)[None].expand(len(own), -1, -1, -1), own], dim=2)
+def _behind(
+    bucket: _Bucket, site: str, keys: Tensor, values: Tensor
+) -> tuple[KVPrefix | None, Tensor, Tensor]:
+    """The bucket's prefix at a site, if it has one, and the keys and values of its rows behind it."""
+    prefix = None if bucket.delta is None else bucket.delta.prefixes.get(site)
+    if prefix is None:
+        return None, keys, values
+    before = (part.transpose(0, 1).expand(len(keys), -1, -1, -1) for part in (prefix.keys, prefix.values))
+    return prefix, *(torch.cat([b, own], dim=2) for b, own in zip(before, (keys, values), strict=True))
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
@@ -317,20 +332,5 @@ def _bucket(rows: list[tuple[int, int]], delta: PackedDelta | None, device: torc
     longest = max(length for _, length in rows)
     firsts = torch.tensor([first for first, _ in rows])[:, None]
     lengths = torch.tensor([length for _, length in rows])
-    places = torch.arange(longest)
-    index = firsts + torch.minimum(places, lengths[:, None] - 1)
-    real = (places < lengths[:, None]).flatten().nonzero().squeeze(1)
-    # by packed token, in the order of the rows here
-    return _Bucket(
-        delta, index.to(device), real.to(device), lengths.to(device), even=bool((lengths == longest).all())
-    )
-
-
-def _places(buckets: Sequence[_Bucket]) -> Tensor:
-    """The place of every packed token among all buckets' places, int64 ``[tokens]``."""
-    tokens, places, at = [], [], 0
-    for bucket in buckets:
-        tokens.append(bucket.index.flatten()[bucket.back])
-        places.append(bucket.back + at)
-        at += bucket.index.numel()
-    return torch.cat(places)[torch.cat(tokens).argsort()]
+    tokens = firsts + torch.minimum(torch.arange(longest), lengths[:, None] - 1)
+    return _Bucket(delta, tokens.to(device), lengths.to(device), even=bool((lengths == longest).all()))
