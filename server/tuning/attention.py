@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -290,11 +291,7 @@ def _behind(
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
-    found, at = [], 0
-    for length in lengths:
-        found.append(at)
-        at += length
-    return found
+    return [0, *accumulate(lengths)][:-1]
 
 
 def _by_prefix(deltas: Sequence[PackedDelta | None]) -> list[list[int]]:

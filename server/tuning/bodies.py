@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -47,7 +48,7 @@ class States:
     @property
     def starts(self) -> list[int]:
         """The place of each row's first state."""
-        return [sum(self.lengths[:row]) for row in range(len(self.lengths))]
+        return [0, *accumulate(self.lengths)][:-1]
 
 
 class Body(Protocol):
