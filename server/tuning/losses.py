@@ -27,7 +27,7 @@ def weight(spec: JobSpec, examples: Sequence[Example], kind: str, before: int) -
         return float(sum(stop - max(start, 0 if before else 1) for start, stop in ranges))
     if spec.task == "regress":
         return float(len(examples))
-    labels = [label for label in _classes(examples) if label != IGNORED]
+    labels = [label for label in classes(examples) if label != IGNORED]
     if spec.class_weights is None:
         return float(len(labels))
     return sum(spec.class_weights[label] for label in labels)
@@ -46,7 +46,7 @@ def total(spec: JobSpec, examples: Sequence[Example], output: Output) -> Tensor:
         weights = torch.tensor(spec.class_weights, device=scores.device)
     return F.cross_entropy(
         scores,
-        torch.tensor(_classes(examples), device=scores.device),
+        torch.tensor(classes(examples), device=scores.device),
         weight=weights,
         ignore_index=IGNORED,
         reduction="sum",
@@ -60,7 +60,7 @@ def _value(example: Example) -> float:
     return float(example.label)
 
 
-def _classes(examples: Sequence[Example]) -> list[int]:
+def classes(examples: Sequence[Example]) -> list[int]:
     """The classes of rows, or of all their tokens."""
     found: list[int] = []
     for example in examples:
