@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from deltas.errors import InvalidDelta
 from deltas.tunable import Tunable
 from deltas.tuned.adapters import PRESETS, BottleneckTuning, CompacterTuning
+from deltas.tuned.base import Trained
 from deltas.tuned.head import HeadTuning
 from deltas.tuned.intrinsic import IntrinsicTuning
 from deltas.tuned.lora import LoraTuning
@@ -15,7 +16,7 @@ from deltas.tuned.prompts import PrefixTuning, PromptTuning
 from deltas.tuned.sparse import DiffPruningTuning, MaskingTuning
 from deltas.tuned.vectors import BitFitTuning, IA3Tuning, NormTuning
 
-_ALL: tuple[Tunable, ...] = (
+_ALL: tuple[Trained, ...] = (
     LoraTuning(),
     BottleneckTuning(),
     *PRESETS,
@@ -33,7 +34,7 @@ _ALL: tuple[Tunable, ...] = (
     HeadTuning(),
 )
 
-TUNABLE: Mapping[str, Tunable] = {tunable.name: tunable for tunable in _ALL}
+TUNABLE: Mapping[str, Trained] = {tunable.name: tunable for tunable in _ALL}
 """By name, the presets among them; :data:`ALIASES` are other names of these."""
 
 ALIASES: Mapping[str, str] = {
