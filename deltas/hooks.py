@@ -57,10 +57,12 @@ class Packed:
 
     @staticmethod
     def of(linears: Sequence[nn.Module], *, prepack: bool) -> Packed:
-        """The linears' weights. Off the CPU the fused copy becomes the only one."""
+        """The linears' weights. Where they lie one behind the other already there is no copy; else the fused copy becomes
+        the only one, unless it is reordered."""
         weights = [weight_of(linear) for linear in linears]
         biases = [bias_of(linear) for linear in linears]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        whole = _side_by_side(weights)
+        weight = torch.cat(weights) if whole is None else whole
         bias = None
         if any(b is not None for b in biases):
             pairs = zip(biases, weights, strict=True)
@@ -68,12 +70,26 @@ class Packed:
         on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         if prepack and on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias, onednn=True)
-        if len(weights) > 1 and not on_cpu:
+        if whole is None:
             at = 0
             for linear, own in zip(linears, weights, strict=True):
                 linear.weight.data = weight[at : at + own.shape[0]]
                 at += own.shape[0]
         return Packed(weight, bias, onednn=False)
+
+
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
+    """One view of weights that follow each other in one memory, rows after rows; None where they do not."""
+    first, end = weights[0], weights[0].data_ptr()
+    if len(weights) == 1:
+        return first
+    for weight in weights:
+        apart = weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        if apart or not weight.is_contiguous() or weight.data_ptr() != end:
+            return None
+        end += weight.numel() * weight.element_size()
+    rows = sum(len(weight) for weight in weights)
+    return first.as_strided((rows, first.shape[1]), first.stride())
 
 
 def weight_of(linear: nn.Module) -> Tensor:

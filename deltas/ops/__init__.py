@@ -1,7 +1,7 @@
 """The batched primitives, and the one place that chooses between their implementations.
 
 ``reference`` is the truth; ``table`` + ``native`` the C kernels (CPU with a compiler); ``dense`` plain torch
-operations (no compiler, or a GPU). All give the same result, to rounding.
+operations (no compiler, or a GPU); ``training`` what gradients flow through. All give the same result, to rounding.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from deltas.batch import Hooked, Plan, Segment, merge
 from deltas.ops import native, reference
 from deltas.ops.dense import DensePlan
 from deltas.ops.table import DeltaTables, NativePlan, is_wide
+from deltas.ops.training import TrainingPlan
 
-Mode = Literal["native", "dense", "reference"]
+Mode = Literal["native", "dense", "reference", "training"]
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -66,6 +67,8 @@ class Ops:
             return None
         if self.mode == "reference":
             return ReferencePlan(joined)
+        if self.mode == "training":
+            return TrainingPlan(joined)
         if self.mode == "dense" or self.kernels is None:
             return DensePlan(joined, tokens)
         narrow: list[Segment] = []

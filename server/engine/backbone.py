@@ -32,7 +32,7 @@ from deltas.backbones.stored import as_stored
 from deltas.sites import BackboneSpec
 from deltas.weights import FrozenTensors
 from server.engine import gguf
-from server.engine.ragged import RaggedAttention
+from server.engine.ragged import SITE, RaggedAttention
 from server.errors import InvalidRequest
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
@@ -341,4 +341,5 @@ def attention(
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     if isinstance(step, RaggedAttention):
         return step(module, q, k, v, scaling, window)[None], None
-    return step(module.layer_idx, q, k, v, scaling, window, softcap)[None], None
+    where = module if hasattr(module, SITE) else module.layer_idx
+    return step(where, q, k, v, scaling, window, softcap)[None], None
