@@ -131,7 +131,7 @@ def full(seed: int, data: Data, folder: Path, epochs: int, rate: float) -> float
     """The same of every parameter trained by a plain loop."""
     import torch
     import torch.nn.functional as F
-    from transformers import AutoModel, get_linear_schedule_with_warmup
+    from transformers import AutoModel
 
     torch.manual_seed(seed)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
@@ -139,7 +139,10 @@ def full(seed: int, data: Data, folder: Path, epochs: int, rate: float) -> float
     trained = [*model.parameters(), *head.parameters()]
     steps = -(-len(data.train) // BATCH) * epochs
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
+    warm = max(1, round(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    )
 
     def outputs(examples: Sequence[Example]) -> Any:
         width = max(len(example.tokens) for example in examples)
@@ -154,7 +157,7 @@ def full(seed: int, data: Data, folder: Path, epochs: int, rate: float) -> float
         random.Random(seed).shuffle(order)
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            F.cross_entropy(outputs(rows), torch.tensor([row.label for row in rows])).backward()
+            F.cross_entropy(outputs(rows), torch.tensor([row.label for row in rows])).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
