@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from server.errors import InvalidRequest
 
 CPU_KV_SHARE = 0.3  # of the memory that is free when the backbone is loaded
 GPU_KV_SHARE = 0.7
+SWITCH_SECONDS = 0.0002  # Python's 0.005 is how long a loader may hold up the step loop after each operation of a step
 
 
 def build(
@@ -49,6 +51,7 @@ def build(
     backbones.family(located)
     device = backbones.choose_device(config.device)
     dtype = backbones.choose_dtype(config.dtype, device)
+    sys.setswitchinterval(SWITCH_SECONDS)
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     kernels = threading.Thread(target=native.load, name="kernel-build")
     kernels.start()  # a first start compiles them while it converts the backbone
