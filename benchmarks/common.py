@@ -13,6 +13,7 @@ from typing import Any
 
 RANK = 8
 REDUCTION = 16  # of a bottleneck
+ROOM = 64  # positions of a row beyond its own tokens, for a prompt delta's
 
 
 def machine() -> str:

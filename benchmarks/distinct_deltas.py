@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RunningEngine, backbone_folder, machine, make_delta
+from benchmarks.common import ROOM, RunningEngine, backbone_folder, machine, make_delta
 from benchmarks.curve import Curve, picture
 
 COUNTS = (1, 2, 8, 32, 128, 512)
@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace, folder: str, scratch: Path) -> dict[int, f
 
     config = EngineConfig(
         backbone=folder, backbone_name=None, data_dir=str(scratch), device=args.device, dtype=args.dtype,
-        max_model_len=args.prompt + args.new, max_rows=args.rows, max_waiting=args.requests, prefill_tokens=512,
+        max_model_len=args.prompt + args.new + ROOM, max_rows=args.rows, max_waiting=args.requests, prefill_tokens=512,
         kv_bytes=None, delta_bytes=args.delta_gib << 30, host_delta_bytes=1 << 30, threads=args.threads,
     )  # fmt: skip
     running = RunningEngine(config)

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RunningEngine, backbone_folder, machine, make_delta, percent_apart
+from benchmarks.common import ROOM, RunningEngine, backbone_folder, machine, make_delta, percent_apart
 from server.bench.plan import POPULARITIES, choices
 
 DELTAS = 32
@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace, folder: str, scratch: Path) -> dict[str, d
 
     config = EngineConfig(
         backbone=folder, backbone_name=None, data_dir=str(scratch), device=args.device, dtype=args.dtype,
-        max_model_len=2 * (args.prompt + args.new), max_rows=args.rows, max_waiting=args.requests, prefill_tokens=512,
+        max_model_len=args.prompt + args.new + ROOM, max_rows=args.rows, max_waiting=args.requests, prefill_tokens=512,
         kv_bytes=None, delta_bytes=2 << 30, host_delta_bytes=1 << 30, threads=args.threads,
     )  # fmt: skip
     running = RunningEngine(config)

@@ -90,9 +90,13 @@ def mixed_decode(results: dict[str, dict[str, float]]) -> str:
     return "\n\n".join([*tables, table(["ratio", "measured", "aimed at"], claims)] if claims else tables)
 
 
-def fields(results: dict[str, dict[str, float]]) -> str:
-    """One row a case, one column for each number that any of them has."""
-    columns = list(dict.fromkeys(column for found in results.values() for column in found))
+def fields(results: dict[str, dict[str, Any]]) -> str:
+    """One row a case, one column for each number that any of them has; lists (of all rounds) stay in the JSON."""
+    columns = list(
+        dict.fromkeys(
+            name for found in results.values() for name, value in found.items() if not isinstance(value, list)
+        )
+    )
     rows = [[case, *(number(found.get(column)) for column in columns)] for case, found in results.items()]
     return table(["case", *columns], rows)
 
