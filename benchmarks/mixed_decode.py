@@ -62,6 +62,7 @@ class Timed:
     def __init__(self, plan: Any) -> None:
         self._plan = plan
         self.active = plan.active
+        self.feed = plan.feed
 
     def apply(self, group: int, x: Any, y: Any, hooked: Any) -> None:
         began = time.perf_counter()

@@ -106,6 +106,8 @@ def bias_of(linear: nn.Module) -> Tensor | None:
 class _Asked:
     """What a step may ask of a module: by default nothing. See :class:`~deltas.batch.Hooked`."""
 
+    fed = False
+
     def linear(self, _out0: int, _out: int, _x: Tensor, /) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a linear")
 
@@ -202,13 +204,16 @@ class GroupHook(_Asked):
         """The outputs of all members side by side, ``[..., out]``, with the batch's steps applied."""
         for block in self.starts:
             block.start(self.group.sites[0].path, x)
-        y = self.packed(x)
         plan = self.hooks.active(self.group)
+        rows_in = x if plan is None else x.reshape(-1, x.shape[-1])
+        given = rows_in if plan is None else plan.feed(self.group.index, rows_in, self.group.out_features)
+        self.fed = given is not rows_in
+        y = self.packed(given.view(x.shape) if self.fed else x)
         block_plan = None if self.block is None else self.hooks.active(self.block.group)
         if plan is not None or block_plan is not None:
             rows = y.view(-1, y.shape[-1])
             if plan is not None:
-                plan.apply(self.group.index, x.reshape(-1, x.shape[-1]), rows, self)
+                plan.apply(self.group.index, rows_in, rows, self)
             if block_plan is not None and self.block is not None:
                 self.block.apply(block_plan, rows)
         return y

@@ -18,7 +18,7 @@ from deltas.bank import PackedDelta, SitePatch
 from deltas.batch import Hooked, Segment
 from deltas.ops import reference
 from deltas.ops.native import ENTRY_FIELDS, Kernels
-from deltas.ops.transforms import Transforms, transforms_of
+from deltas.ops.transforms import BatchTransforms
 from deltas.patches import BlockInput
 
 Table = npt.NDArray[np.int64]
@@ -128,9 +128,9 @@ class NativePlan:
         return found
 
     @cached_property
-    def _transforms(self) -> dict[int, list[Transforms]]:
-        """By group, what comes before everything else, for all short segments at once."""
-        return transforms_of(self.narrow)
+    def _transforms(self) -> BatchTransforms:
+        """What comes before everything else, for all short segments at once."""
+        return BatchTransforms(self.narrow)
 
     def active(self, group: int) -> bool:
         if (self._table is not None and self._active[group]) or group in self._looped:
@@ -139,9 +139,11 @@ class NativePlan:
             return True
         return any(s.delta is not None and group in s.delta.patches for s in self.wide)
 
+    def feed(self, group: int, x: Tensor, columns: int, /) -> Tensor:
+        return self._transforms.feed(group, x, columns)
+
     def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
-        for transforms in self._transforms.get(group, ()):
-            transforms.apply(x, y, hooked)
+        self._transforms.apply(group, x, y, hooked)
         table = self._table
         if table is not None and self._active[group]:
             self.kernels.patch(table[group], x, y)

@@ -61,6 +61,10 @@ class Watch:
         self.asked.add(group)
         return self.plan.active(group)
 
+    def feed(self, group: int, x: Tensor, columns: int, /) -> Tensor:
+        """Watched closely, all that a delta does is to be seen in :meth:`apply`."""
+        return x if self.closely else self.plan.feed(group, x, columns)
+
     def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
         if not self.closely:
             self.plan.apply(group, x, y, hooked)
@@ -291,6 +295,9 @@ class Idle:
 
     def active(self, _group: int) -> bool:
         return False
+
+    def feed(self, _group: int, x: Tensor, _columns: int, /) -> Tensor:
+        return x
 
     def apply(self, _group: int, _x: Tensor, _y: Tensor, _hooked: Hooked) -> None:
         """Does nothing."""
