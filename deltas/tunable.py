@@ -29,7 +29,7 @@ class Tunable(Protocol):
 
     @property
     def method(self) -> str:
-        """The method of :data:`deltas.methods.METHODS` as which it is stored."""
+        """The method of the stored form, in :data:`deltas.methods.METHODS`."""
         ...
 
     @property

@@ -245,8 +245,8 @@ def attend(
 ) -> Tensor:
     """Attention of ``q`` ``[rows, heads, tokens, head_dim]``, ``k``, ``v`` ``[rows, kv_heads, keys, head_dim]``.
 
-    Gives the shape of ``q``. ``mask`` is True where a token sees a key; without one, ``causal`` tokens see as many keys as themselves. ``bias`` is
-    added to the scores.
+    Gives the shape of ``q``. ``mask`` is True where a token sees a key; without one, ``causal`` tokens see as many keys as
+    themselves. ``bias`` is added to the scores.
     """
     grouped = q.shape[1] != k.shape[1]
     if mask is None and causal and (bias is not None or softcap is not None):

@@ -42,7 +42,7 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def write(checkpoints: Path, saved: Saved, delta: Delta) -> Path:
-    """Writes a checkpoint and returns its delta's file. It is on disk before this returns, and whole whenever it is seen."""
+    """Writes a checkpoint and returns its delta's file. It is on disk when this returns, and never seen half."""
     make_folder(checkpoints)
     final = folder_of(checkpoints, saved.step)
     if final.is_dir() and _read(final) is not None:

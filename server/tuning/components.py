@@ -44,7 +44,9 @@ class Components:
 
     def named(self) -> dict[str, Tensor]:
         """Every parameter by ``<component>/<name>``."""
-        return {f"{n}/{name}": p for n, part in enumerate(self.trained) for name, p in part.parameters.items()}
+        return {
+            f"{n}/{name}": p for n, part in enumerate(self.trained) for name, p in part.parameters.items()
+        }
 
     def patches(self, rng: torch.Generator | None) -> list[Patch]:
         """What a row goes through, joined; ``rng`` as :class:`~deltas.tunable.Tunable` has it."""
@@ -96,12 +98,18 @@ def components_of(spec: JobSpec, weights: SiteWeights, device: torch.device) -> 
 def _earlier(init: InitFrom) -> Delta:
     found = native.load(Path(init.file))
     if found.digest != init.digest:
-        raise InvalidRequest(f"{init.name} is not the delta that the job was submitted with", param="init_from")
+        raise InvalidRequest(
+            f"{init.name} is not the delta that the job was submitted with", param="init_from"
+        )
     return found
 
 
 def _trained(
-    spec: MethodSpec, earlier: list[Component], weights: SiteWeights, rng: torch.Generator, device: torch.device
+    spec: MethodSpec,
+    earlier: list[Component],
+    weights: SiteWeights,
+    rng: torch.Generator,
+    device: torch.device,
 ) -> Trained:
     """A method's share: from the first of the ``earlier`` components that it stored, which is taken, else new."""
     method = tunable(spec.method)

@@ -24,7 +24,9 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 @torch.no_grad()
-def evaluate(passes: Passes, spec: JobSpec, examples: Sequence[Example], delta: PackedDelta) -> dict[str, float]:
+def evaluate(
+    passes: Passes, spec: JobSpec, examples: Sequence[Example], delta: PackedDelta
+) -> dict[str, float]:
     """The metrics of ``examples``, by name: those of the job's task."""
     total = weight = 0.0
     right = counted = 0

@@ -90,7 +90,9 @@ class Passes:
             raise UnsupportedDelta("gates cannot be trained, or trained beside", field="methods")
         if task == "generate":
             if spec.kind == "encoder":
-                raise UnsupportedTask(f"{self.backbone.name} is an encoder and generates nothing", param="task")
+                raise UnsupportedTask(
+                    f"{self.backbone.name} is an encoder and generates nothing", param="task"
+                )
             return
         if delta.head is None:
             raise InvalidRequest(f"a job of the task {task} needs a head among its methods", param="methods")
@@ -104,11 +106,15 @@ class Passes:
         for generates in (True, False):
             # an encoder-decoder's rows end in its decoder or in its encoder; elsewhere all go together
             apart = self.backbone.spec.kind == "encoder-decoder"
-            chosen = [n for n, part in enumerate(parts) if not apart or (part.task == "generate") == generates]
+            chosen = [
+                n for n, part in enumerate(parts) if not apart or (part.task == "generate") == generates
+            ]
             if not chosen or (not apart and not generates):
                 continue
             rows = [_row(example, parts[n], apart) for n in chosen for example in parts[n].examples]
-            for n, output in zip(chosen, self._outputs([parts[n] for n in chosen], self._body(rows)), strict=True):
+            for n, output in zip(
+                chosen, self._outputs([parts[n] for n in chosen], self._body(rows)), strict=True
+            ):
                 found[n] = output
         return [output for output in found if output is not None]
 
@@ -151,7 +157,12 @@ class Passes:
         return [(at, example.tokens[at]) for at in places_ if at + before > 0]
 
     def _predict(
-        self, hidden: Tensor, lines: list[int], targets: list[int], parts: Sequence[Part], sizes: Sequence[int]
+        self,
+        hidden: Tensor,
+        lines: list[int],
+        targets: list[int],
+        parts: Sequence[Part],
+        sizes: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """Losses and hits of all parts' lines, in order."""
         device = hidden.device
