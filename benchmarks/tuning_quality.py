@@ -81,22 +81,18 @@ def ours(method: str, seed: int, data: Data, passes: Passes) -> float:
 
 
 def _job(method: str, seed: int, data: Data, backbone: Backbone) -> JobSpec:
-    from deltas.tuned import tunable
+    from deltas.tuned import before_head, tunable
     from server.tuning.spec import JobSpec, MethodSpec
 
-    methods = []
-    for name, given in ((method, {}), ("head", {"kind": "classify", "labels": data.labels})):
-        if name == "head" and method == "head":
-            continue
-        trained = tunable(name)
-        options = {"kind": "classify", "labels": data.labels} if name == "head" else given
-        methods.append(
-            MethodSpec(
-                method=name,
-                options=trained.options(options, backbone.spec),
-                targets=[site.name for site in trained.sites(None, backbone.spec)],
-            )
+    wanted: dict[str, dict[str, Any]] = {method: {}, "head": {"kind": "classify", "labels": data.labels}}
+    methods = [
+        MethodSpec(
+            method=name,
+            options=tunable(name).options(options, backbone.spec),
+            targets=[site.name for site in tunable(name).sites(None, before_head(backbone.spec))],
         )
+        for name, options in wanted.items()
+    ]
     return JobSpec(
         id=f"{method}-{seed}",
         tenant="bench",

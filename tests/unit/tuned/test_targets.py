@@ -6,7 +6,7 @@ import pytest
 
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.sites import SiteKind
-from deltas.tuned import TUNABLE, tunable
+from deltas.tuned import TUNABLE, before_head, tunable
 from tests.tunables import FAMILIES, weights_of
 
 
@@ -90,3 +90,15 @@ def test_refused_sites_say_why() -> None:
     with pytest.raises(UnsupportedDelta, match=spec.of_kind(SiteKind.KV)[0].refused[:20]) as refused:
         tunable("prefix").sites(["attn.kv"], spec)
     assert refused.value.field == "targets"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_task_head_reads_no_decoder_and_no_output_head(family: str) -> None:
+    spec = before_head(weights_of(family).spec)
+    for name in TUNABLE.keys() - {"selective_module"}:
+        if (name, family) != ("prefix", "modernbert"):
+            sites = tunable(name).sites(None, spec)
+            assert not [site.name for site in sites if site.name.startswith(("decoder.", "head"))]
+            assert sites or name == "head"
+    with pytest.raises(InvalidDelta):
+        tunable("lora").sites(["head"], spec)
