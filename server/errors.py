@@ -6,6 +6,7 @@
         DeltaRefused                400  invalid_delta
         InvalidComposition          400  invalid_composition (deltas that have no exact sum)
         UnsupportedTask             400  unsupported_task    (a backbone or a delta of another kind)
+        DatasetInvalid              400  invalid_dataset     (rows of a file to train on; with ``rows``: the bad ones)
       AuthenticationFailed          401  invalid_api_key
       PermissionDenied              403  permission_denied
       NotFound                      404  not_found
@@ -25,7 +26,11 @@ The wire form is OpenAI's: ``{"error": {"message", "type", "param", "code"}}``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
+
+from server.types import BadRow
 
 
 class DeltaserveError(Exception):
@@ -97,6 +102,36 @@ class UnsupportedTask(InvalidRequest):
 
     def __init__(self, message: str, *, param: str | None = "model") -> None:
         super().__init__(message, param=param)
+
+
+class DatasetInvalid(InvalidRequest):
+    """A file to train or validate on that cannot be used.
+
+    ``param`` is ``training_file`` or ``validation_file``. ``rows`` are the first bad rows, ``count`` is how many there are;
+    ``report`` is a JSONL file of all of them, as long as its folder is kept.
+    """
+
+    code = "invalid_dataset"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str,
+        rows: Sequence[BadRow] = (),
+        count: int = 0,
+        report: Path | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+        self.rows = list(rows)
+        self.count = count
+        self.report = report
+
+    def body(self) -> dict[str, Any]:
+        body = super().body()
+        body["error"]["rows"] = [row._asdict() for row in self.rows]
+        body["error"]["bad_rows"] = self.count
+        return body
 
 
 class AuthenticationFailed(DeltaserveError):

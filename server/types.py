@@ -13,6 +13,9 @@ Visibility = Literal["private", "public"]
 Tier = Literal["device", "host", "disk"]
 PinTier = Literal["device", "host"]
 
+# A message's role as clients write it -> as chat templates know it.
+CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
 DEFAULT_TENANT = "default"
 LIVE = "live"
 
@@ -217,6 +220,19 @@ class TextPiece(NamedTuple):
 
     text: str
     own: bool
+
+
+class BadRow(NamedTuple):
+    """What is wrong with a row of a dataset, or (``line`` None) with the whole file. ``line`` counts from 1.
+
+    ``file`` is ``training_file`` or ``validation_file``; ``field`` the row's key, as ``messages[2].content``.
+    """
+
+    file: str
+    line: int | None
+    field: str | None
+    code: str
+    message: str
 
 
 class EncodedText(msgspec.Struct, frozen=True):

@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
     @property
     def eos_token_ids(self) -> Sequence[int]: ...
 
+    @property
+    def end_token(self) -> int | None:
+        """What ends a text that is learnt."""
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def encode_within(self, text: str, limit: int) -> list[int]: ...

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from server.types import CHAT_ROLES
+
 MAX_N = 128
 MAX_ROWS = 512  # of one request: n times its prompts
 MAX_STOPS = 16
@@ -143,8 +145,7 @@ class Message(Strict):
 
     def plain(self) -> dict[str, Any]:
         """As the chat template takes it."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content or ""}
+        return {"role": CHAT_ROLES[self.role], "content": self.content or ""}
 
 
 class ResponseFormat(Strict):

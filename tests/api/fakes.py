@@ -67,6 +67,7 @@ class ByteTokenizer:
     """A token a byte; 256 ends a text."""
 
     eos_token_ids: Sequence[int] = (EOS,)
+    end_token: int | None = EOS
 
     def __init__(self) -> None:
         self.contexts: list[list[int]] = []

@@ -17,8 +17,8 @@ from server.api.tasks.encoded import Embed
 from server.api.tasks.generated import CHOICES, MAX_CHOICES, Generate, Likelihood
 from server.api.tasks.heads import HeadClass, HeadTags, HeadValue
 from server.api.tasks.masks import MaskedClass
-from server.api.tasks.templates import Template
 from server.api.tasks.ways import Way
+from server.engine.templates import Template
 from server.errors import InvalidRequest, UnsupportedTask
 from server.types import Task
 

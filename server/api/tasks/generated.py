@@ -14,7 +14,7 @@ from server.api.schemas import Prioritised
 from server.api.schemas_tasks import GenerateParameters, LikelihoodParameters
 from server.api.services import Backbone
 from server.api.tasks.heads import ranked
-from server.api.tasks.templates import values_of
+from server.api.tasks.inputs import values_of
 from server.api.tasks.ways import Call, Outcome, Output, Way, side_by_side
 from server.errors import ContextTooLong, InvalidRequest
 from server.store.reference import shown

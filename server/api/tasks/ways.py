@@ -12,7 +12,7 @@ from server.api.models import Target
 from server.api.ports import Engine
 from server.api.schemas import Prioritised
 from server.api.services import Backbone
-from server.api.tasks.templates import Template
+from server.engine.templates import Template
 from server.errors import DeltaserveError, InvalidComposition, Unavailable, UnsupportedTask
 from server.metrics import Metrics
 from server.types import Turn
