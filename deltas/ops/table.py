@@ -1,4 +1,4 @@
-"""The patch table that the C kernel reads: one row of integers per (segment, site patch).
+"""The patch table that the kernels read: one row of integers per (segment, site patch).
 
 A packed delta's own table is made once. A batch's is the segments' tables stacked, with each segment's token range
 filled in: one numpy operation whatever the number of deltas, so composing a batch stays cheap.
@@ -87,6 +87,15 @@ class DeltaTables:
         self._tables.pop(id(delta), None)
 
 
+def looped_of(segments: Sequence[Segment]) -> dict[int, list[Segment]]:
+    """By group: the segments whose steps there are beyond the kernels."""
+    found: dict[int, list[Segment]] = {}
+    for segment in segments:
+        for group in () if segment.delta is None else segment.delta.looped:
+            found.setdefault(group, []).append(segment)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class NativePlan:
     """Short segments by the C kernel, long ones by GEMMs. The segments keep their deltas alive."""
@@ -120,12 +129,7 @@ class NativePlan:
 
     @cached_property
     def _looped(self) -> dict[int, list[Segment]]:
-        """By group: the short segments whose steps there are beyond the kernel."""
-        found: dict[int, list[Segment]] = {}
-        for segment in self.narrow:
-            for group in () if segment.delta is None else segment.delta.looped:
-                found.setdefault(group, []).append(segment)
-        return found
+        return looped_of(self.narrow)
 
     @cached_property
     def _transforms(self) -> dict[int, list[Transforms]]:
