@@ -119,7 +119,7 @@ class Ops:
         from deltas.ops.triton_plan import Units
 
         joined = merge(segments)
-        if any(s.delta is not None and (s.delta.looped or s.delta.transforms) or is_wide(s) for s in joined):
+        if any(s.delta is not None and (s.delta.looped or s.delta.transforms) for s in joined):
             return None
         return Units.of(self._tables, joined)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -29,6 +29,41 @@ class RowKernels(Protocol):
         lengths: Tensor,
         scale: float,
         out: Tensor,
+        firsts: Tensor | None = None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+    ) -> None: ...
+
+
+@runtime_checkable
+class PagedKernels(Protocol):
+    """Row kernels that also reach keys and values in pages.
+
+    ``pages`` int32 ``[slots, pages of a slot]`` says where a slot's tokens are: caches are ``[pages, kv_heads, tokens of
+    a page, head_dim]``, and token p of a slot is in its page ``p // tokens of a page``.
+    """
+
+    def write_pages(
+        self,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        pages: Tensor,
+    ) -> None: ...
+
+    def attend_pages(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        scale: float,
+        out: Tensor,
+        pages: Tensor,
         firsts: Tensor | None = None,
         softcap: float | None = None,
         bias: Tensor | None = None,

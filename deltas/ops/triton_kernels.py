@@ -146,7 +146,7 @@ def _expand(
 
 
 def splits(width: int) -> int:
-    """In how many parts an input of ``width`` is reduced: by its width alone, so that results do not depend on the batch."""
+    """In how many parts an input is reduced: by its width alone, so that results do not depend on the batch."""
     return min(MOST_SPLITS, max(1, width // SPLIT))
 
 

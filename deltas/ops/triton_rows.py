@@ -26,9 +26,7 @@ def _rms_norm(x, ldx, weight, eps, n, out, ldo, N: tl.constexpr):
 
 
 @triton.jit
-def _silu_mul(
-    gate, ldg, up, ldu, n, out, ldo, BLOCK: tl.constexpr
-):
+def _silu_mul(gate, ldg, up, ldu, n, out, ldo, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(gate + row * ldg + i, mask=i < n, other=0.0).to(tl.float32)
@@ -81,10 +79,9 @@ def _kv_write(
 
 
 class TritonKernels:
-    """See :class:`deltas.ops.rows.RowKernels`. What indices and tables say is not checked: they are on the device.
+    """See :class:`deltas.ops.rows.RowKernels` and :class:`deltas.ops.rows.PagedKernels`.
 
-    ``pages`` int32 ``[slots, pages]``, where it is given, says where a slot's tokens are: caches then are ``[pages,
-    kv_heads, tokens of a page, head_dim]``, and token p of a slot is in its page ``p // tokens of a page``.
+    What indices and tables say is not checked: they are on the device.
     """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -114,6 +111,12 @@ class TritonKernels:
             )  # fmt: skip
 
     def kv_write(
+        self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor
+    ) -> None:
+        """Copies ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` to ``positions`` of ``slots``, int64 ``[tokens]``."""
+        _write(k, v, keys, values, slots, positions, None)
+
+    def write_pages(
         self,
         k: Tensor,
         v: Tensor,
@@ -121,18 +124,10 @@ class TritonKernels:
         values: Tensor,
         slots: Tensor,
         positions: Tensor,
-        pages: Tensor | None = None,
+        pages: Tensor,
     ) -> None:
-        """Copies ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` to ``positions`` of ``slots``, int64 ``[tokens]``."""
-        tokens, kv_heads, dim = k.shape
-        if tokens:
-            _kv_write[(tokens,)](
-                k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1), keys, values,
-                keys.stride(0), keys.stride(1), keys.stride(2), slots, positions,
-                slots if pages is None else pages, 0 if pages is None else pages.stride(0), keys.shape[2],
-                kv_heads, dim, PAGED=pages is not None,
-                HEADS=triton.next_power_of_2(kv_heads), DIM=triton.next_power_of_2(dim),
-            )  # fmt: skip
+        """The same, into pages."""
+        _write(k, v, keys, values, slots, positions, pages)
 
     def decode_attention(
         self,
@@ -146,9 +141,51 @@ class TritonKernels:
         firsts: Tensor | None = None,
         softcap: float | None = None,
         bias: Tensor | None = None,
-        pages: Tensor | None = None,
     ) -> None:
         """One query a row over its slot; see :func:`deltas.ops.triton_attention.decode`."""
         triton_attention.decode(
-            q, keys, values, slots, lengths, scale, out, firsts=firsts, softcap=softcap, bias=bias, pages=pages
+            q, keys, values, slots, lengths, scale, out, firsts=firsts, softcap=softcap, bias=bias
         )
+
+    def attend_pages(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        scale: float,
+        out: Tensor,
+        pages: Tensor,
+        firsts: Tensor | None = None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """The same, over pages."""
+        triton_attention.decode(
+            q,
+            keys,
+            values,
+            slots,
+            lengths,
+            scale,
+            out,
+            firsts=firsts,
+            softcap=softcap,
+            bias=bias,
+            pages=pages,
+        )
+
+
+def _write(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, pages: Tensor | None
+) -> None:
+    tokens, kv_heads, dim = k.shape
+    if tokens:
+        _kv_write[(tokens,)](
+            k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1), keys, values,
+            keys.stride(0), keys.stride(1), keys.stride(2), slots, positions,
+            slots if pages is None else pages, 0 if pages is None else pages.stride(0), keys.shape[2],
+            kv_heads, dim, PAGED=pages is not None,
+            HEADS=triton.next_power_of_2(kv_heads), DIM=triton.next_power_of_2(dim),
+        )  # fmt: skip

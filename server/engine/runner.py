@@ -18,7 +18,7 @@ from deltas.groups import SiteGroup, site_groups
 from deltas.ops import Mode, Ops
 from server.engine.backbone import Backbone
 from server.engine.composition import Compositions
-from server.engine.kv import Attention, SlotKV
+from server.engine.kv import KV, Attention
 from server.engine.lean import LeanDecoder
 from server.engine.scheduler import PlannedRow
 from server.engine.sequence import Sequence
@@ -81,7 +81,7 @@ class Runner:
     """The model with its hooks and KV. Not thread-safe: the step loop owns it."""
 
     backbone: Backbone
-    kv: SlotKV
+    kv: KV
     scratch_slot: int
     mode: Mode | None = None
     prepack: bool = True
@@ -91,7 +91,7 @@ class Runner:
         self.groups: list[SiteGroup] = site_groups(self.backbone.spec)
         self.ops = Ops(len(self.groups), self.backbone.device, self.backbone.dtype, self.mode)
         self.hooks = attach(self.backbone.model, self.backbone.spec, self.ops, prepack=self.prepack)
-        self.lean_body = LeanDecoder.of(self.backbone, self.ops.kernels)
+        self.lean_body = LeanDecoder.of(self.backbone, self.ops.rows)
         self._compositions = Compositions(self.ops, self.groups)
 
     def before(self, delta: PackedDelta) -> int:
@@ -148,7 +148,7 @@ class Runner:
             outputs.append(RowOutput(len(lines), wanted))
             lines.extend(range(len(ids) - wanted, len(ids)))
         slots = [slot_of(row.seq) for row in rows]
-        attention = Attention(self.kv, self.ops.kernels, slots, starts, [row.count for row in rows])
+        attention = Attention(self.kv, self.ops.rows, slots, starts, [row.count for row in rows])
         composition = self._compositions.of(
             deltas, [(row.count, out.count) for row, out in zip(rows, outputs, strict=True)]
         )
@@ -184,7 +184,7 @@ class Runner:
         held = delta.prefix_length - n  # a prefix of its own, that the prompt's tokens attend to as well
         if delta.prefix is not None:
             self.kv.put_prefix(self.scratch_slot, delta.prefix)
-        attention = Attention(self.kv, self.ops.kernels, [self.scratch_slot], [held], [n])
+        attention = Attention(self.kv, self.ops.rows, [self.scratch_slot], [held], [n])
         positions = torch.arange(n, device=self.backbone.device)[None]
         self.hooks.plan = self.ops.plan([Segment(0, n, delta)], n)
         self.forward(attention, positions, inputs_embeds=delta.prompt[None])

@@ -23,7 +23,9 @@ from tests.unit.ops.checks import DTYPES, bits, close
 from tests.unit.ops.test_poison import Linear
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-FACTOR = 4  # the interpreter cuts bfloat16 off instead of rounding it; the device rounds between the two products
+FACTOR = (
+    4  # the interpreter cuts bfloat16 off instead of rounding it; the device rounds between the two products
+)
 GROUPS = 3
 LINEAR, BLOCK, IDLE = range(GROUPS)
 
@@ -54,7 +56,9 @@ def delta(dtype: torch.dtype, steps: dict[int, tuple[Applied, ...]]) -> PackedDe
     return PackedDelta(torch.zeros(1, dtype=dtype, device=DEVICE), steps)
 
 
-def compare(segments: list[Segment], tokens: int, dtype: torch.dtype, widths: dict[int, tuple[int, int]]) -> None:
+def compare(
+    segments: list[Segment], tokens: int, dtype: torch.dtype, widths: dict[int, tuple[int, int]]
+) -> None:
     """The segments at each group of ``widths`` (in, out), and that base rows and other groups are not touched."""
     plan = Ops(GROUPS, DEVICE, dtype, "triton").plan(segments, tokens)
     truth = Ops(GROUPS, DEVICE, torch.float32, "reference").plan([wide(s) for s in segments], tokens)
@@ -144,7 +148,10 @@ def test_chains_apply_in_order() -> None:
     chain = tuple(
         bottleneck(dtype, 48, rank, Activation.TANH, BlockInput.OUTPUT) for rank in (4, 9, 3)
     )  # each reads what the one before left
-    segments = [Segment(0, 20, delta(dtype, {BLOCK: chain})), Segment(20, 2, delta(dtype, {BLOCK: chain[:1]}))]
+    segments = [
+        Segment(0, 20, delta(dtype, {BLOCK: chain})),
+        Segment(20, 2, delta(dtype, {BLOCK: chain[:1]})),
+    ]
     compare(segments, 22, dtype, {BLOCK: (48, 48)})
 
 

@@ -75,7 +75,7 @@ def test_kv_write(dtype: torch.dtype) -> None:
     assert torch.equal(values[slots, :, positions], v)
     pages = torch.tensor([[3, 0], [1, 5], [4, 2]], dtype=torch.int32, device=DEVICE)
     paged, others = (torch.zeros(6, 3, 3, 12, dtype=dtype, device=DEVICE) for _ in range(2))
-    KERNELS.kv_write(k, v, paged, others, slots, positions, pages=pages)
+    KERNELS.write_pages(k, v, paged, others, slots, positions, pages)
     assert torch.equal(paged[pages.long()].transpose(1, 2).reshape(3, 3, 6, 12), want)
 
 
@@ -105,7 +105,10 @@ def test_decode_attention(dtype: torch.dtype, heads: int, kv_heads: int, dim: in
             for c in (keys, values)
         )
     out = torch.full_like(q, 9)
-    KERNELS.decode_attention(q, keys, values, slots, lengths, dim**-0.5, out, pages=pages)
+    if pages is None:
+        KERNELS.decode_attention(q, keys, values, slots, lengths, dim**-0.5, out)
+    else:
+        KERNELS.attend_pages(q, keys, values, slots, lengths, dim**-0.5, out, pages)
     close(out, want, FACTOR)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource, compile  # noqa: A004
 
 from deltas.ops import triton_attention, triton_kernels, triton_rows
 
@@ -33,7 +33,11 @@ CONSTANTS: dict[str, dict[str, Any]] = {
 FLOATS = {"eps", "scale", "softcap"}
 WIDE = {"table", "slots", "positions", "firsts", "lengths"}
 SINGLE = {"scratch", "sums", "tops", "weights", "bias"}
-POINTERS = WIDE | SINGLE | {"x", "y", "weight", "out", "gate", "up", "cos", "sin", "k", "v", "q", "keys", "values", "pages"}
+POINTERS = (
+    WIDE
+    | SINGLE
+    | {"x", "y", "weight", "out", "gate", "up", "cos", "sin", "k", "v", "q", "keys", "values", "pages"}
+)
 
 
 def kind(name: str) -> str:
@@ -66,7 +70,12 @@ def main() -> None:
                     aligned,
                 )
                 code = compile(source, target=GPUTarget("cuda", capability, 32))
-                print(name, capability, "v4" if "ld.global.v4" in code.asm["ptx"] else "-", len(code.asm["cubin"]))
+                print(
+                    name,
+                    capability,
+                    "v4" if "ld.global.v4" in code.asm["ptx"] else "-",
+                    len(code.asm["cubin"]),
+                )
 
 
 if __name__ == "__main__":
