@@ -10,7 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from deltas.ops import native, reference
 from deltas.ops.dense import DensePlan
 from deltas.ops.rows import RowKernels
 from deltas.ops.table import DeltaTables, NativePlan, is_wide
-
-if TYPE_CHECKING:
-    from deltas.ops.triton_plan import StaticPlan, Units
+from deltas.ops.triton_plan import Room, StaticPlan, TritonPlan, Units
 
 Mode = Literal["native", "triton", "dense", "reference"]
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -104,20 +102,14 @@ class Ops:
             (wide if is_wide(segment) else narrow).append(segment)
         if self.kernels is not None:
             return NativePlan(self.kernels, self._tables, narrow, wide)
-        from deltas.ops.triton_plan import TritonPlan
-
         return TritonPlan(self._tables, self.device, narrow, wide)
 
-    def static(self, groups: dict[int, tuple[int, int]], rank: int) -> StaticPlan:
+    def static(self, groups: dict[int, Room], rank: int) -> StaticPlan:
         """A plan of fixed launches, for a CUDA graph (see :class:`~deltas.ops.triton_plan.StaticPlan`); ``triton`` only."""
-        from deltas.ops.triton_plan import StaticPlan
-
         return StaticPlan(groups, rank, self.device)
 
     def units(self, segments: Sequence[Segment]) -> Units | None:
         """What a static plan is given of a composition; None where some step of it needs more than such a plan does."""
-        from deltas.ops.triton_plan import Units
-
         joined = merge(segments)
         if any(s.delta is not None and (s.delta.looped or s.delta.transforms) for s in joined):
             return None

@@ -30,6 +30,8 @@ FIRST_EFFECT, LAST_EFFECT = (
 )  # all zero: changes nothing
 READS = {None: 0, BlockInput.OUTPUT: 1, BlockInput.OUTPUT_AND_RESIDUAL: 2, BlockInput.RESIDUAL: 3}
 
+TILE = 16  # tokens, and ranks, of a tile of the Triton kernels: the smallest product on tensor cores
+
 # Above this many tokens times ranks ordinary GEMMs win, below it their dispatch costs more than the arithmetic:
 # 128 tokens of a rank-8 LoRA on every linear take 0.25 of 0.6 s for 4,096 prompt tokens on two cores.
 WIDE = 8192

@@ -1,14 +1,15 @@
 """Triton kernels of the patches: a table of units walked on the device, factors read where they lie.
 
-A *unit* is one line of the table of :mod:`deltas.ops.table`, of at most :data:`TOKENS` tokens. Two launches serve all
+A *unit* is one line of the table of :mod:`deltas.ops.table`, of at most ``TILE`` tokens. Two launches serve all
 units of a group, whatever their deltas, ranks and kinds:
 
 1. ``_shrink``: ``down z`` of every unit, in :func:`splits` parts of the input, float32, into scratch memory. The parts
    are added in a fixed order by the second launch, so a row's result does not depend on the rows beside it.
 2. ``_expand``: bias and activation, then ``y = gain y + up^T h + shift`` in float32, rounded once.
 
-A unit costs its own rank, to the next :data:`RANKS`; programs beyond it, and lines whose tokens are 0, end at once, so
-a launch of fixed size (a captured graph's) serves any table that fits.
+A unit computes with its own rank, to the next ``TILE``, and reads no more of the factors than it has. Programs beyond
+its rank, and lines whose tokens are 0, end at once, so a launch of fixed size (a captured graph's) serves any table that
+fits.
 """
 
 from __future__ import annotations
@@ -21,11 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from deltas.ops.native import ENTRY_FIELDS
+from deltas.ops.table import TILE
 
-TOKENS = 16
-"""Tokens of a unit: the smallest tile of a matrix product on tensor cores."""
-RANKS = 16
-"""Ranks of a tile. The columns of a unit beyond its own rank are neither read nor computed with."""
+TOKENS = RANKS = TILE
 OUT = 64  # columns of y that one program writes
 WIDTH = 128  # columns of z that one step of a product reads
 SPLIT = 1024  # columns of z that one program of the first launch reads, where there are enough

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from deltas.batch import Hooked, Segment
-from deltas.ops import reference, triton_kernels
+from deltas.ops import reference
 from deltas.ops.native import ENTRY_FIELDS
-from deltas.ops.table import FIRST_EFFECT, LAST_EFFECT, ROW0, ROWS, DeltaTables, Table, looped_of
+from deltas.ops.table import FIRST_EFFECT, LAST_EFFECT, ROW0, ROWS, TILE, DeltaTables, Table, looped_of
 from deltas.ops.transforms import Transforms, transforms_of
-from deltas.ops.triton_kernels import RANKS, TOKENS
 
 RANK, OUT0, OUT = (ENTRY_FIELDS.index(name) for name in ("rank", "out0", "out"))
+
+ALIGNED = 16
+"""Columns whose multiples the kernels read and write in whole words of memory."""
 
 
 class Wave(NamedTuple):
@@ -39,7 +41,7 @@ class Wave(NamedTuple):
 class Units:
     """The lines of a composition that change something, sorted by group, then by wave.
 
-    ``lines`` int64 ``[n, len(ENTRY_FIELDS)]``, each of at most :data:`TOKENS` tokens; ``group``, ``wave`` ``[n]``.
+    ``lines`` int64 ``[n, len(ENTRY_FIELDS)]``, each of at most ``TILE`` tokens; ``group``, ``wave`` ``[n]``.
     """
 
     lines: Table
@@ -56,10 +58,10 @@ class Units:
                 continue
             own = tables.of(segment.delta)
             wave = _waves(own)
-            for first in range(0, segment.rows, TOKENS):
+            for first in range(0, segment.rows, TILE):
                 part = own.copy()
                 part[:, :, ROW0] = segment.row0 + first
-                part[:, :, ROWS] = min(TOKENS, segment.rows - first)
+                part[:, :, ROWS] = min(TILE, segment.rows - first)
                 parts.append(part)
                 waves.append(wave)
         if not parts:
@@ -90,8 +92,8 @@ class Units:
 
 
 def is_aligned(lines: Table) -> Table:
-    """By line: whether its first column and its number of columns are multiples of 16. Boolean ``[n]``."""
-    aligned: Table = (lines[:, OUT0] % 16 == 0) & (lines[:, OUT] % 16 == 0)
+    """By line: whether its first column and its number of columns are multiples of ``ALIGNED``. Boolean ``[n]``."""
+    aligned: Table = (lines[:, OUT0] % ALIGNED == 0) & (lines[:, OUT] % ALIGNED == 0)
     return aligned
 
 
@@ -155,25 +157,31 @@ class TritonPlan:
                 reference.apply_wide(steps, x, y, hooked, segment.slice)
 
 
+class Room(NamedTuple):
+    """What a static plan has for a group: lines of the table, the most columns of any, and whether all are aligned."""
+
+    lines: int
+    out: int
+    aligned: bool
+
+
 @dataclass(eq=False)
 class StaticPlan:
     """A plan whose launches do not depend on the composition, so that a CUDA graph may hold them.
 
-    ``groups`` are those that it launches anything at: group -> (lines, columns), how many lines of the table are the
-    group's and the most columns of any. No unit's rank may be above ``rank``. :meth:`load` puts a composition into the
-    table, which stays where it is; every line that it leaves empty ends at once.
+    ``groups`` are those that it launches anything at. No unit's rank may be above ``rank``. :meth:`load` puts a
+    composition into the table, which stays where it is; every line that it leaves empty ends at once.
     """
 
-    groups: dict[int, tuple[int, int]]
+    groups: dict[int, Room]
     rank: int
     device: torch.device
 
     def __post_init__(self) -> None:
-        counts = [lines for lines, _ in self.groups.values()]
-        firsts = np.cumsum([0, *counts]).tolist()
+        firsts = np.cumsum([0, *(room.lines for room in self.groups.values())]).tolist()
         self._waves = {
-            group: Wave(first, lines, self.rank, out, aligned=False)
-            for first, (group, (lines, out)) in zip(firsts, self.groups.items(), strict=False)
+            group: Wave(first, room.lines, self.rank, room.out, room.aligned)
+            for first, (group, room) in zip(firsts[:-1], self.groups.items(), strict=True)
         }
         pin = self.device.type == "cuda"
         shape = (firsts[-1], len(ENTRY_FIELDS))
@@ -194,8 +202,10 @@ class StaticPlan:
     def holds(self, units: Units) -> bool:
         """Whether :meth:`load` can take these: known groups, room for their lines, ranks, and a single wave each."""
         for group, waves in units.waves().items():
-            room, out = self.groups.get(group, (0, 0))
-            if len(waves) > 1 or waves[0].units > room or waves[0].rank > self.rank or waves[0].out > out:
+            room, only = self.groups.get(group), waves[0]
+            if room is None or len(waves) > 1 or only.units > room.lines or only.out > room.out:
+                return False
+            if only.rank > self.rank or only.aligned < room.aligned:
                 return False
         return True
 
@@ -209,6 +219,8 @@ class StaticPlan:
 
 def launch(table: Tensor, wave: Wave, x: Tensor, y: Tensor) -> None:
     """One wave's launches."""
+    from deltas.ops import triton_kernels  # Triton may not be installed where nothing is launched
+
     lines = table[wave.first : wave.first + wave.units]
-    rank = -(-wave.rank // RANKS) * RANKS
+    rank = -(-wave.rank // TILE) * TILE
     triton_kernels.patch(lines, x, y, rank=rank, out=wave.out, aligned=wave.aligned)

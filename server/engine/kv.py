@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -198,19 +199,28 @@ class Attention:
         self.kernels = kernels
         self._bias = bias
         self._added: dict[int, Tensor] = {}  # by first token
-        device = kv.device
         self.rows = list(zip(slots, starts, counts, strict=True))
         for slot, start, count in self.rows:
             kv.note(slot, start, start + count)
         kv.commit()
-        self.token_slots = torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=device)
-        self.token_positions = torch.tensor(
-            [p for _, b, c in self.rows for p in range(b, b + c)], device=device
-        )
-        self.token_lengths = self.token_positions + 1
         self._longest = max((start + count for _, start, count in self.rows), default=0)
         self._windows: dict[int, tuple[Tensor, Tensor]] = {}
         self.singles, self.chunks = singles_and_chunks(counts)
+
+    @cached_property
+    def token_slots(self) -> Tensor:
+        return torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=self.kv.device)
+
+    @cached_property
+    def token_positions(self) -> Tensor:
+        """The tokens' places in their slots."""
+        places = [p for _, b, c in self.rows for p in range(b, b + c)]
+        return torch.tensor(places, device=self.kv.device)
+
+    @cached_property
+    def token_lengths(self) -> Tensor:
+        """How many keys each token sees where there is no window."""
+        return self.token_positions + 1
 
     @classmethod
     def decoding(cls, kv: KV, kernels: RowKernels | None, slots: Tensor, positions: Tensor) -> Attention:
@@ -219,7 +229,7 @@ class Attention:
         Nothing of it depends on what the tensors say, so a CUDA graph may hold the pass.
         """
         step = cls(kv, kernels, [], [], [])
-        step.token_slots, step.token_positions, step.token_lengths = slots, positions, positions + 1
+        step.token_slots, step.token_positions = slots, positions
         step.singles, step._longest = [(0, len(slots))], kv.capacity
         return step
 

@@ -40,6 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int
     prefill_tokens: int
     kv_bytes: int | None
+    kv: str = "auto"
+    cuda_graphs: bool = True
     delta_bytes: int
     host_delta_bytes: int
     pinned_delta_share: float = 0.5

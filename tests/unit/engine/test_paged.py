@@ -142,12 +142,7 @@ def test_rows_in_pages_are_rows_in_slots(name: str, tmp_path: Path) -> None:
     folder = tiny.save(name, tmp_path)
     found = []
     for paged in (False, True):
-        runner = make_runner(folder, torch.float32, capacity=tiny.POSITIONS)
-        if paged:
-            slots = runner.scratch_slot + 1
-            tokens = slots * tiny.POSITIONS
-            where = torch.device("cpu")
-            runner.kv = PagedKV(runner.backbone.spec, slots, tiny.POSITIONS, tokens, torch.float32, where)
+        runner = make_runner(folder, torch.float32, capacity=tiny.POSITIONS, paged=paged)
         deltas = {kind: place(runner, every.make(runner.backbone.spec, kind, 5)) for kind in KINDS}
         rows = [Row(list(range(3, 3 + length)), deltas.get(kind), kind) for kind, length in ROWS]
         generate(runner, rows, 4, chunk=23)

@@ -16,7 +16,7 @@ from deltas.batch import Segment
 from deltas.ops import Ops
 from deltas.ops.table import DeltaTables
 from deltas.ops.triton_kernels import INTERPRETED
-from deltas.ops.triton_plan import StaticPlan, Units
+from deltas.ops.triton_plan import Room, StaticPlan, Units
 from deltas.patches import Activation, BlockInput, Mix
 from deltas.tensors import map_tensors
 from tests.unit.ops.checks import DTYPES, bits, close
@@ -184,7 +184,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch_and_keeps_its_poison(dtype: torc
 
 def test_a_static_plan_serves_every_composition_that_it_holds() -> None:
     dtype, tables = torch.float32, DeltaTables(GROUPS)
-    static = StaticPlan({LINEAR: (8, 40), BLOCK: (4, 48)}, rank=32, device=DEVICE)
+    static = StaticPlan({LINEAR: Room(8, 40, False), BLOCK: Room(4, 48, True)}, rank=32, device=DEVICE)
     members = [
         delta(dtype, {LINEAR: (low_rank(dtype, 0, 30, 64, 20), low_rank(dtype, 30, 10, 64, 1))}),
         delta(dtype, {BLOCK: (bottleneck(dtype, 48, 32, Activation.GELU, BlockInput.OUTPUT),)}),
@@ -208,12 +208,13 @@ def test_a_static_plan_serves_every_composition_that_it_holds() -> None:
 
 def test_what_a_static_plan_does_not_hold() -> None:
     dtype, tables = torch.float32, DeltaTables(GROUPS)
-    static = StaticPlan({LINEAR: (2, 40)}, rank=16, device=DEVICE)
-    too_wide = delta(dtype, {LINEAR: (low_rank(dtype, 0, 40, 8, 17),)})
-    too_many = delta(dtype, {LINEAR: (low_rank(dtype, 0, 40, 8, 1),)})
+    static = StaticPlan({LINEAR: Room(2, 48, True)}, rank=16, device=DEVICE)
+    too_wide = delta(dtype, {LINEAR: (low_rank(dtype, 0, 48, 8, 17),)})
+    too_many = delta(dtype, {LINEAR: (low_rank(dtype, 0, 48, 8, 1),)})
     elsewhere = delta(dtype, {BLOCK: (SitePatch(0, 8, shift=tensor(dtype, 8)),)})
-    chain = delta(dtype, {LINEAR: (SitePatch(0, 8, shift=tensor(dtype, 8)),) * 2})
-    broad = delta(dtype, {LINEAR: (SitePatch(0, 41, shift=tensor(dtype, 41)),)})
-    for one in (too_wide, elsewhere, chain, broad):
+    chain = delta(dtype, {LINEAR: (SitePatch(0, 16, shift=tensor(dtype, 16)),) * 2})
+    broad = delta(dtype, {LINEAR: (SitePatch(0, 64, shift=tensor(dtype, 64)),)})
+    odd = delta(dtype, {LINEAR: (SitePatch(0, 8, shift=tensor(dtype, 8)),)})
+    for one in (too_wide, elsewhere, chain, broad, odd):
         assert not static.holds(Units.of(tables, [Segment(0, 1, one)]))
     assert not static.holds(Units.of(tables, [Segment(i, 1, too_many) for i in range(3)]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile  # noqa: A004
+from triton.compiler import ASTSource, compile
 
 from deltas.ops import triton_attention, triton_kernels, triton_rows
 
