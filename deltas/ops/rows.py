@@ -36,7 +36,7 @@ class RowKernels(Protocol):
 
 
 @runtime_checkable
-class PagedKernels(Protocol):
+class PagedKernels(RowKernels, Protocol):
     """Row kernels that also reach keys and values in pages.
 
     ``pages`` int32 ``[slots, pages of a slot]`` says where a slot's tokens are: caches are ``[pages, kv_heads, tokens of

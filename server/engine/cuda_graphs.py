@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import is_
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,12 +46,12 @@ class Graph(Protocol):
 class CudaGraph:
     """A graph on the current CUDA device; all of one ``pool`` share memory, so only one may be in flight."""
 
-    def __init__(self, pool: tuple[int, int]) -> None:
+    def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, body: Callable[[], Tensor]) -> Tensor:
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compiles kernels and makes workspaces, which a capture must not
             body()

@@ -86,8 +86,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
 @pytest.mark.parametrize("kv", ["slots", "paged"])
 def test_answers_are_the_same_with_little_memory(start: Callable[..., Harness], kv: str) -> None:
     """Rows of all kinds, some with logprobs of their prompt, with memory for a third of them."""
-    from server.engine.paged import PAGE
     from server.engine.kv import token_bytes  # needs torch
+    from server.engine.paged import PAGE
 
     plenty = start(max_model_len=256)
     backbone = plenty.engine.runner.backbone
