@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltas.batch import Plan
 from deltas.groups import SiteGroup
 from deltas.ops import Ops
-from deltas.ops.native import Kernels
+from deltas.ops.rows import RowKernels
 from deltas.sites import Site
 
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
@@ -32,8 +32,8 @@ class Hooks:
     decoder_plan: Plan | None = None
 
     @property
-    def kernels(self) -> Kernels | None:
-        return self.ops.kernels
+    def rows(self) -> RowKernels | None:
+        return self.ops.rows
 
     def active(self, group: SiteGroup) -> Plan | None:
         """The plan that has something to do at this group, if one has."""
@@ -264,9 +264,9 @@ class NormHook(_Asked):
         site = self.group.sites[0]
         if self.block is not None:
             self.block.start(site.path, x)
-        kernels, width = self.hooks.kernels, x.shape[-1]
+        kernels, width = self.hooks.rows, x.shape[-1]
         if kernels is not None and self._by_kernel and self._eps is not None and not torch.is_grad_enabled():
-            y = torch.empty(x.shape, dtype=x.dtype)
+            y = x.new_empty(x.shape)
             kernels.rms_norm(x.reshape(-1, width), self.module.weight, self._eps, y.view(-1, width))  # type: ignore[arg-type]
         else:
             y = own(x)

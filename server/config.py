@@ -48,6 +48,10 @@ class Settings(BaseSettings):
     kv_bytes: int | None = Field(
         None, ge=1 << 20, description="memory for keys and values (default: by device)"
     )
+    kv: Literal["auto", "slots", "paged"] = Field(
+        "auto", description="how decoders keep keys and values: paged on CUDA devices, else in slots"
+    )
+    cuda_graphs: bool = Field(True, description="decode by CUDA graphs, on CUDA devices")
     delta_bytes: int = Field(2 << 30, ge=1 << 20, description="memory for resident deltas on the device")
     host_delta_bytes: int = Field(4 << 30, ge=0, description="memory for deltas kept on the host")
     pinned_delta_share: float = Field(

@@ -1,4 +1,4 @@
-"""The patch table that the C kernel reads: one row of integers per (segment, site patch).
+"""The patch table that the kernels read: one row of integers per (segment, site patch).
 
 A packed delta's own table is made once. A batch's is the segments' tables stacked, with each segment's token range
 filled in: one numpy operation whatever the number of deltas, so composing a batch stays cheap.
@@ -29,6 +29,8 @@ FIRST_EFFECT, LAST_EFFECT = (
     ENTRY_FIELDS.index("shift"),
 )  # all zero: changes nothing
 READS = {None: 0, BlockInput.OUTPUT: 1, BlockInput.OUTPUT_AND_RESIDUAL: 2, BlockInput.RESIDUAL: 3}
+
+TILE = 16  # tokens, and ranks, of a tile of the Triton kernels: the smallest product on tensor cores
 
 # Above this many tokens times ranks ordinary GEMMs win, below it their dispatch costs more than the arithmetic:
 # 128 tokens of a rank-8 LoRA on every linear take 0.25 of 0.6 s for 4,096 prompt tokens on two cores.
@@ -87,6 +89,15 @@ class DeltaTables:
         self._tables.pop(id(delta), None)
 
 
+def looped_of(segments: Sequence[Segment]) -> dict[int, list[Segment]]:
+    """By group: the segments whose steps there are beyond the kernels."""
+    found: dict[int, list[Segment]] = {}
+    for segment in segments:
+        for group in () if segment.delta is None else segment.delta.looped:
+            found.setdefault(group, []).append(segment)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class NativePlan:
     """Short segments by the C kernel, long ones by GEMMs. The segments keep their deltas alive."""
@@ -120,12 +131,7 @@ class NativePlan:
 
     @cached_property
     def _looped(self) -> dict[int, list[Segment]]:
-        """By group: the short segments whose steps there are beyond the kernel."""
-        found: dict[int, list[Segment]] = {}
-        for segment in self.narrow:
-            for group in () if segment.delta is None else segment.delta.looped:
-                found.setdefault(group, []).append(segment)
-        return found
+        return looped_of(self.narrow)
 
     @cached_property
     def _transforms(self) -> BatchTransforms:

@@ -82,7 +82,7 @@ class BatchTransforms:
 def _are_disjoint(found: list[Transforms]) -> bool:
     """Has no row two of them?"""
     rows = torch.cat([transforms.rows for transforms in found])
-    return len(rows.unique()) == len(rows)
+    return len(torch.unique(rows)) == len(rows)
 
 
 def _transforms_of(segments: Sequence[Segment]) -> dict[int, list[Transforms]]:

@@ -16,13 +16,16 @@ from deltas.errors import UnsupportedBackbone
 from deltas.ops import Mode, native
 from server.engine import backbone as backbones
 from server.engine import shared
+from server.engine.backbone import Backbone
 from server.engine.build_encoder import encoder_engine
 from server.engine.build_seq2seq import seq2seq_engine
+from server.engine.cuda_graphs import cuda_graphs
 from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
 from server.engine.info import info_of
-from server.engine.kv import SlotKV, token_bytes
+from server.engine.kv import KV, SlotKV, token_bytes
 from server.engine.messages import Progress, Reply
+from server.engine.paged import PAGE, PagedKV
 from server.engine.probe import Probe
 from server.engine.process import EngineConfig
 from server.engine.runner import Runner
@@ -32,7 +35,9 @@ from server.errors import InvalidRequest
 
 CPU_KV_SHARE = 0.3  # of the memory that is free when the backbone is loaded
 GPU_KV_SHARE = 0.7
-SWITCH_SECONDS = 0.0002  # Python's 0.005 is how long a loader may hold up the step loop after each operation of a step
+SWITCH_SECONDS = (
+    0.0002  # Python's 0.005 is how long a loader may hold up the step loop after each operation of a step
+)
 
 
 def build(
@@ -86,17 +91,20 @@ def build(
             "lower --max-model-len or raise --kv-bytes",
             param="kv_bytes",
         )
-    # mapped memory is committed as it is written, so on a CPU slots may promise more than the budget
-    rows = (
-        config.max_rows if device.type == "cpu" else max(1, min(config.max_rows, kv_tokens // capacity - 1))
-    )
-    kv = SlotKV(backbone.spec, rows + 1, capacity, dtype, device)
+    paged = config.kv == "paged" or (config.kv == "auto" and device.type == "cuda")
+    rows, kv_tokens, kv = _kv(config.max_rows, backbone, capacity, kv_tokens, paged=paged)
     kernels.join()
-    runner = Runner(backbone, kv, scratch_slot=rows, mode=cast("Mode | None", config.ops_mode))
+    runner = Runner(
+        backbone,
+        kv,
+        scratch_slot=rows,
+        mode=cast("Mode | None", config.ops_mode),
+        graph=cuda_graphs() if device.type == "cuda" and config.cuda_graphs else None,
+    )
     scheduler = Scheduler(
         max_rows=rows,
         slot_tokens=capacity,
-        kv_tokens=min(kv_tokens, rows * capacity),
+        kv_tokens=kv_tokens,
         prefill_tokens=config.prefill_tokens,
         max_waiting=config.max_waiting,
         queue_timeout=config.queue_timeout,
@@ -121,6 +129,28 @@ def _share(backbone: backbones.Backbone, fd: int) -> None:
         shared.share(backbone, fd)
     except shared.SharedWeightsError as error:
         raise InvalidRequest(str(error), param="backbone") from error
+
+
+def _kv(max_rows: int, backbone: Backbone, capacity: int, tokens: int, *, paged: bool) -> tuple[int, int, KV]:
+    """How many rows may run, the tokens that they may hold together, and where these are kept.
+
+    One slot more than rows is scratch. Raises :class:`InvalidRequest` where pages for one row are not left.
+    """
+    spec, dtype, device = backbone.spec, backbone.dtype, backbone.device
+    if paged:
+        most = max(1, min(max_rows, (tokens - 2 * capacity) // PAGE - 1))
+        left = tokens - capacity - (most + 1) * PAGE  # scratch, and a page of each slot that is not full
+        if left < capacity:
+            raise InvalidRequest(
+                f"{tokens} tokens of keys and values do not hold one row of {capacity} beside as much scratch: "
+                "lower --max-model-len or raise --kv-bytes",
+                param="kv_bytes",
+            )
+        held = min(left, most * capacity)
+        return most, held, PagedKV(spec, most + 1, capacity, held + capacity, dtype, device)
+    # mapped memory is committed as it is written, so on a CPU slots may promise more than the budget
+    rows = max_rows if device.type == "cpu" else max(1, min(max_rows, tokens // capacity - 1))
+    return rows, min(tokens, rows * capacity), SlotKV(spec, rows + 1, capacity, dtype, device)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -256,8 +256,8 @@ class StepLoop(ABC):
         elif place.tier == "host":
             tiers.to_host(digest)
         elif (delta := tiers.resident(place.delta)) is None:
-            if tiers.where(digest).tier == "disk":
-                return None  # refused; why comes with the failures of the next step
+            if tiers.where(digest).tier == "disk" or tiers.arriving(digest):
+                return None  # refused, why comes with the failures of the next step; or on its way
             return Failed(place.id, Conflict.code, tiers.no_room(digest))
         elif (result := self._try(digest, delta)).outcome in ("not_finite", "failed"):
             return Failed(place.id, DeltaRefused.code, f"the delta cannot be served: {result.message}")

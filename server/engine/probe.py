@@ -280,9 +280,7 @@ class Probe(AnyProbe[Runner]):
         prefix, shift = (0, 0) if delta is None else (delta.prefix_length, delta.shift)
         if delta is not None and delta.prefix is not None:
             runner.kv.put_prefix(runner.scratch_slot, delta.prefix)
-        attention = Attention(
-            runner.kv, runner.ops.kernels, [runner.scratch_slot], [prefix], [len(given.ids)]
-        )
+        attention = Attention(runner.kv, runner.ops.rows, [runner.scratch_slot], [prefix], [len(given.ids)])
         runner.hooks.plan = watch
         hidden = runner.forward(attention, given.positions[None] + shift, input_ids=given.ids[None])[0]
         logits = runner.backbone.logits(hidden)

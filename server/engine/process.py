@@ -42,6 +42,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens: int
     queue_timeout_seconds: float = 0.0
     kv_bytes: int | None
+    kv: str = "auto"
+    cuda_graphs: bool = True
     delta_bytes: int
     host_delta_bytes: int
     pinned_delta_share: float = 0.5

@@ -19,6 +19,7 @@ from deltas.errors import DeltaError
 from deltas.sites import BackboneSpec
 from deltas.weights import Source
 from server.engine.claims import Candidate, Claims
+from server.engine.copies import Copies
 from server.engine.loaders import LOADERS, Loaders, LoadFailure
 from server.types import DeltaRef, PinTier, Residence
 
@@ -83,6 +84,7 @@ class Residency:
         self._promised: set[str] = set()  # found on the device in this step: not evicted before the next
         self._done: list[tuple[str, PackedDelta | LoadFailure]] = []
         self._failed: list[LoadFailure] = []
+        self._copies = Copies(device, wake)
         self._loaders = Loaders(spec, dtype, device, weights, self._loaded)
         self.counts = Counts()
 
@@ -167,6 +169,10 @@ class Residency:
         if (packed := self._on_host.get(digest)) is not None:
             return Residence("host", packed.nbytes)
         return Residence("disk", 0)
+
+    def arriving(self, digest: str) -> bool:
+        """Whether the delta is being copied from the host to the device."""
+        return self._copies.moving(digest)
 
     def to_host(self, digest: str) -> None:
         """A delta of the host or the device stays on the host only, once its running rows are done."""
@@ -282,8 +288,11 @@ class Residency:
                 self._claims.close(self._movable(), self.bytes_on_device + size - budget)
             return None
         self._claims.settle()
+        moved = self._copies.fetch(digest, delta)
+        if moved is None:
+            return None
         try:
-            placed = self._finish(delta.to(self._device))
+            placed = self._finish(moved)
         except DeltaError as error:
             self._refuse(digest, str(error))
             return None
@@ -389,3 +398,4 @@ class Residency:
     def close(self) -> None:
         """Stops the loaders."""
         self._loaders.close()
+        self._copies.close()

@@ -173,6 +173,8 @@ class Scheduler:
         plan = Plan([], 0)
         self._preempt(plan)
         self._admit(ready, plan)
+        self._pool.shrink(self.kv_tokens - self.kv_tokens_used)
+        plan.emptied = self._pool.empty()
         decode = sorted((seq for seq in self._running.values() if seq.decoding), key=_digest)
         filling = [seq for seq in self._running.values() if not seq.decoding and seq.uncomputed]
         counts = chunks(filling, self.prefill_tokens, self._queue.served)
@@ -250,8 +252,6 @@ class Scheduler:
         self._queue.offer(take, backlog)
         for seq in plan.rejected:
             self._forget(seq)
-        self._pool.shrink(self.kv_tokens - self.kv_tokens_used)
-        plan.emptied = self._pool.empty()
 
     def _preempt(self, plan: Plan) -> None:
         """Takes rows out until the others have room for a step.
