@@ -49,6 +49,7 @@ RUNS: dict[str, tuple[str, list[str], list[str]]] = {
         ["--most", "8", "--requests", "8", "--rows", "8", "--new", "4", "--repeat", "1"],
     ),
     "prefix_cost": ("prefix_cost", [], ["--rows", "2", "--repeat", "1"]),
+    "load": ("load", [], ["--requests", "10", "--prompt", "16", "--new", "4"]),
     "encoder_mixed": ("encoder_mixed", [], ["--requests", "32", "--repeat", "1", "--cases", "ours", "plain"]),
     "t5_mixed": (
         "t5_mixed",

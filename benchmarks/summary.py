@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import machine
+
 SUMMARIES = ("summary.json", "summary.md")
 
 # of W1: what is claimed, the case, the case it is compared with, the ratio that is aimed at
@@ -44,7 +46,9 @@ def write_summary(folder: Path, names: Sequence[str] | None = None, *, quick: bo
         "# Benchmarks",
         "Sizes of `--quick`: these figures show that the scripts run, and no more." if quick else "",
     ]
-    parts += ["Machine: " + "; ".join(sorted({result["machine"] for result in results.values()}))]
+    parts += [
+        "Machine: " + "; ".join(sorted({result.get("machine", machine()) for result in results.values()}))
+    ]
     parts += [section(name, result) for name, result in results.items()]
     parts += [f"No result: {', '.join(missing)}."] if missing else []
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -70,6 +74,8 @@ def section(name: str, result: dict[str, Any]) -> str:
             for count, value in result["tokens_s"].items()
         ]
         body = table(["distinct deltas", "tokens/s", "to base", "PEFT, tokens/s"], rows)
+    elif name == "load":
+        body = load(result["groups"])
     else:
         body = fields(result["results"])
     return f"## {name}\n\n{body}"
@@ -99,6 +105,36 @@ def fields(results: dict[str, dict[str, Any]]) -> str:
     )
     rows = [[case, *(number(found.get(column)) for column in columns)] for case, found in results.items()]
     return table(["case", *columns], rows)
+
+
+def load(groups: Sequence[dict[str, Any]]) -> str:
+    """What ``deltaserve bench`` wrote of each group of requests."""
+    rows = []
+    for group in groups:
+        times = [group[name] for name in ("time_to_first_token", "inter_token_latency", "latency")]
+        shown = [
+            " / ".join(f"{1e3 * found[p]:.0f}" for p in ("p50", "p95", "p99")) if found else ""
+            for found in times
+        ]
+        name = group["name"] if group["by"] == "all" else f"{group['by']} {group['name']}"
+        rows.append(
+            [
+                name,
+                str(group["requests"]),
+                str(group["failed"]),
+                f"{group['output_tokens_per_second']:.0f}",
+                *shown,
+            ]
+        )
+    heads = [
+        "requests",
+        "failed",
+        "tokens/s",
+        "first token, ms, p50 / p95 / p99",
+        "inter-token, ms",
+        "end to end, ms",
+    ]
+    return table(["of", *heads], rows)
 
 
 def number(value: float | None) -> str:
