@@ -31,7 +31,9 @@ from server.errors import InvalidRequest
 
 CPU_KV_SHARE = 0.3  # of the memory that is free when the backbone is loaded
 GPU_KV_SHARE = 0.7
-SWITCH_SECONDS = 0.0002  # Python's 0.005 is how long a loader may hold up the step loop after each operation of a step
+SWITCH_SECONDS = (
+    0.0002  # Python's 0.005 is how long a loader may hold up the step loop after each operation of a step
+)
 
 
 def build(config: EngineConfig, send: Callable[[Reply], None]) -> Engine | EncoderEngine:
