@@ -20,7 +20,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def generate(args: argparse.Namespace) -> Callable[[], float]:
     return once
 
 
-def medians(rounds: int, variants: dict[str, Callable[[], float]]) -> dict[str, float]:
+def medians(rounds: int, variants: Mapping[str, Callable[[], float]]) -> dict[str, float]:
     """Of each variant's seconds, in milliseconds; a first round is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
