@@ -161,7 +161,7 @@ MUTANTS = (
         "server/engine/waiting.py",
         "self._served[tenant] += tokens / self._weights[tenant]",
         "self._served[tenant] += tokens",
-        ("tests/unit/engine/test_fair_share.py",),
+        ("tests/unit/engine/test_fair_share.py::test_three_tenants_get_what_their_weights_say",),
     ),
     Mutant(
         "7 poison: NaN passes the upload",
