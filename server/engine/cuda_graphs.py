@@ -124,6 +124,9 @@ class DecodeGraphs:
     def run(self, step: DecodeStep) -> Tensor | None:
         """Logits ``[rows, vocab]``, valid until the next call; None where the step has to go the usual way.
 
+        The next call must come after something has waited for these logits, as sampling does: it writes to the memory
+        that this call's copies read.
+
         That is: more rows than any graph has, a rank above the largest, or a delta with steps beyond the kernels, with
         inputs or norms that are transformed, or with several steps at one place that build on each other.
         """
