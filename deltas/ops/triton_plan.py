@@ -191,7 +191,9 @@ class StaticPlan:
         self._table = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def load(self, units: Units) -> None:
-        """Takes a composition that :meth:`holds`."""
+        """Takes a composition that :meth:`holds`. The device must be done with what was taken before: it may still be
+        on its way from page-locked memory, which is written here.
+        """
         lines = self._host.numpy()
         lines[:] = 0
         if len(units.lines):

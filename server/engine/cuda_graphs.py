@@ -56,7 +56,8 @@ class CudaGraph:
         with torch.cuda.stream(aside):  # compiles kernels and makes workspaces, which a capture must not
             body()
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        # loaders allocate page-locked memory meanwhile: what other threads do is no concern of the capture
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             return body()
 
     def replay(self) -> None:
@@ -126,6 +127,9 @@ class DecodeGraphs:
 
         That is: more rows than any graph has, a rank above the largest, or a delta with steps beyond the kernels, with
         inputs or norms that are transformed, or with several steps at one place that build on each other.
+
+        The next call must come after something has waited for these logits, as sampling does: it writes to the memory
+        that this call's copies read.
         """
         count = len(step.ids)
         at = bisect_left(self.rows, count)
