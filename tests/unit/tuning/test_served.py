@@ -123,8 +123,8 @@ def test_components_together_and_on_top_of_an_earlier_delta(tmp_path: Path) -> N
     for component, kept in zip(delta.components, earlier.components, strict=False):
         for name, tensor in component.tensors.items():
             assert torch.equal(tensor, kept.tensors[name])
-    assert [message.loss for message in said if isinstance(message, Stepped)][0] < 4.5
-    assert set(name.partition("/")[0] for name in run.parameters) == {"0"}
+    assert next(message.loss for message in said if isinstance(message, Stepped)) < 4.5
+    assert {name.partition("/")[0] for name in run.parameters} == {"0"}
 
 
 def test_training_on_from_an_earlier_delta(tmp_path: Path) -> None:
