@@ -16,7 +16,7 @@ from server.tuning.forward import Passes
 from server.tuning.messages import Stepped
 from server.tuning.run import Run
 from server.tuning.schedule import factor
-from server.tuning.spec import Example, JobSpec
+from server.tuning.spec import Example, JobSpec, Task
 from server.tuning.trainer import Trainer
 from tests import tuning
 from tests.oracle.padded import BACKBONES
@@ -36,7 +36,7 @@ def padded(rows: list[Example]) -> tuple[Tensor, Tensor]:
 class Decoder:
     """The mean loss of completion tokens."""
 
-    task = "generate"
+    task: Task = "generate"
 
     def __init__(self) -> None:
         base = AutoModelForCausalLM.from_pretrained(BACKBONES / "llama")
@@ -55,7 +55,7 @@ class Decoder:
 class Encoder:
     """A linear on the first token's state: the model's own pooler is none of ours."""
 
-    task = "classify"
+    task: Task = "classify"
 
     def __init__(self) -> None:
         base = AutoModelForSequenceClassification.from_pretrained(BACKBONES / "bert", num_labels=3)
@@ -100,8 +100,12 @@ class Pair:
             path = self.passes.backbone.spec.sites[site].path
             if isinstance(self.theirs, Encoder):
                 path = path.removeprefix("bert.")
-            return dict(self.theirs.model.named_parameters())[f"base_model.model.{path}.{FACTORS[parameter]}"]
-        return dict(self.theirs.head.named_parameters())[parameter]
+            theirs: Tensor = dict(self.theirs.model.named_parameters())[
+                f"base_model.model.{path}.{FACTORS[parameter]}"
+            ]
+            return theirs
+        found: Tensor = dict(self.theirs.head.named_parameters())[parameter]
+        return found
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -110,7 +114,7 @@ def test_loss_and_gradients(family: str, tmp_path: Path) -> None:
     part = pair.run.part()
     (output,) = pair.passes([part])
     own = pair.run.loss(output)
-    own.backward()
+    own.backward()  # type: ignore[no-untyped-call]
     theirs = pair.theirs.loss(list(part.examples))
     theirs.backward()
     torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-6)

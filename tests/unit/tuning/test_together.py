@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from torch import Tensor
 from server.tuning.forward import Passes
 from server.tuning.messages import Failed, Finished, Stepped
 from server.tuning.run import Run
+from server.tuning.spec import Task
 from server.tuning.trainer import Trainer
 from tests import tuning
 
 METHODS = ("lora", "bottleneck", "prompt", "prefix", "bitfit")
-FAMILIES = {"llama": "generate", "bert": "classify", "t5": "generate", "bart": "generate"}
+TASKS: tuple[Task, ...] = ("generate", "classify", "regress", "tag")
+FAMILIES: Mapping[str, Task] = {"llama": "generate", "bert": "classify", "t5": "generate", "bart": "generate"}
 
 
-def open_run(passes: Passes, folder: Path, name: str, task: str, seed: int = 0, **more: object) -> Run:
+def open_run(passes: Passes, folder: Path, name: str, task: Task, seed: int = 0, **more: object) -> Run:
     """A job of that method, its rows by its seed."""
     methods = [tuning.method(passes, name)]
     if task != "generate":
@@ -65,9 +68,7 @@ def test_alone_twice_is_the_same_to_the_bit(tmp_path: Path) -> None:
 def test_tasks_of_all_kinds_share_a_step(tmp_path: Path) -> None:
     """On an encoder-decoder some end in its encoder."""
     passes = tuning.passes_of("t5")
-    runs = [
-        open_run(passes, tmp_path / task, "lora", task) for task in ("generate", "classify", "regress", "tag")
-    ]
+    runs = [open_run(passes, tmp_path / task, "lora", task) for task in TASKS]
     said = tuning.train(passes, *runs)
     assert sum(isinstance(message, Finished) for message in said) == 4
 
