@@ -57,9 +57,9 @@ def method(
 def head(passes: Passes, task: Task) -> MethodSpec:
     """The head of a task: three labels, or one number."""
     if task == "regress":
-        return method(passes, "head", outputs=1)
+        return method(passes, "head", kind="regress", outputs=1)
     if task == "tag":
-        return method(passes, "head", labels=LABELS, pooling="none")
+        return method(passes, "head", labels=LABELS, kind="tag", pooling="none")
     return method(passes, "head", labels=LABELS)
 
 

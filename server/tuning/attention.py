@@ -82,9 +82,9 @@ class _Layout:
     def spread(self, x: Tensor) -> list[Tensor]:
         """``[tokens, heads, head_dim]`` -> by bucket ``[rows, heads, longest, head_dim]``."""
         padded: Tensor = x if self._as_it_is else _Spread.apply(x, self._index, self._places)  # type: ignore[no-untyped-call]
-        parts = padded.split([bucket.tokens.numel() for bucket in self.buckets])
+        parts = torch.split(padded, [bucket.tokens.numel() for bucket in self.buckets])
         return [
-            part.unflatten(0, tuple(bucket.tokens.shape)).transpose(1, 2)
+            part.view(*bucket.tokens.shape, *x.shape[1:]).transpose(1, 2)
             for part, bucket in zip(parts, self.buckets, strict=True)
         ]
 
@@ -286,8 +286,10 @@ def _behind(
     prefix = None if bucket.delta is None else bucket.delta.prefixes.get(site)
     if prefix is None:
         return None, keys, values
-    before = (part.transpose(0, 1).expand(len(keys), -1, -1, -1) for part in (prefix.keys, prefix.values))
-    return prefix, *(torch.cat([b, own], dim=2) for b, own in zip(before, (keys, values), strict=True))
+    before, given = (
+        part.transpose(0, 1).expand(len(keys), -1, -1, -1) for part in (prefix.keys, prefix.values)
+    )
+    return prefix, torch.cat([before, keys], dim=2), torch.cat([given, values], dim=2)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

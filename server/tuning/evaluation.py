@@ -55,7 +55,7 @@ def evaluate(
 def _hits(task: Task, examples: Sequence[Example], output: Output) -> tuple[int, int, int]:
     """Right answers, of how many, and rows that are right as a whole."""
     if isinstance(output, Generated):
-        rows = [bool(part.all()) for part in output.right.split(output.counts)]
+        rows = [bool(part.all()) for part in torch.split(output.right, output.counts)]
         return int(output.right.sum()), len(output.right), sum(rows)
     if task == "regress":
         return 0, 0, 0

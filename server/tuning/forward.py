@@ -145,7 +145,7 @@ class Passes:
             losses, right = self._predict(
                 states.hidden, lines, targets, [parts[n] for n in generating], sizes
             )
-            split = zip(generating, losses.split(sizes), right.split(sizes), strict=True)
+            split = zip(generating, torch.split(losses, sizes), torch.split(right, sizes), strict=True)
             scored |= {n: Generated(loss, hit, counts[n]) for n, loss, hit in split}
         return [scored[number] for number in range(len(parts))]
 
@@ -195,7 +195,9 @@ class _Loss(torch.autograd.Function):
         ctx: Any, backbone: Backbone, hidden: Tensor, wanted: Tensor, smoothing: Tensor
     ) -> tuple[Tensor, Tensor]:
         losses, right, grads = [], [], []
-        for part, targets, soft in zip(*(t.split(_LINES) for t in (hidden, wanted, smoothing)), strict=True):
+        for part, targets, soft in zip(
+            *(torch.split(t, _LINES) for t in (hidden, wanted, smoothing)), strict=True
+        ):
             with torch.enable_grad():
                 x = part.detach().requires_grad_(ctx.needs_input_grad[1])
                 logits = backbone.logits(x)

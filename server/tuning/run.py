@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deltas.bank import PackedDelta
 from server.errors import InvalidRequest
-from server.tuning import checkpoint, losses
+from server.tuning import checkpoint as checkpoints
+from server.tuning import losses
 from server.tuning.components import Components, components_of
 from server.tuning.evaluation import LOWER_IS_BETTER, METRICS, evaluate
 from server.tuning.forward import Output, Part, Passes
@@ -33,6 +34,19 @@ class Books:
     best_step: int = 0
     stale: int = 0
     early: bool = False
+
+
+@dataclass
+class _Step:
+    """A step in progress: its micro-batches as numbers of rows, how many are done, and what came of them. ``weight`` is
+    what the losses of all its rows are divided by, ``rows`` are those of the micro-batch that is being computed."""
+
+    batches: list[list[int]]
+    weight: float | None = None
+    micro: int = 0
+    rows: list[Example] = field(default_factory=list)
+    loss: float = 0.0
+    seconds: float = 0.0
 
 
 class Run:
@@ -65,7 +79,7 @@ class Run:
                 for p in part.parameters.values()
             ]
         )
-        self._begin_step()
+        self._current = self._begin_step()
 
     @classmethod
     def open(cls, spec: JobSpec, folder: str | Path, passes: Passes) -> Run:
@@ -82,7 +96,7 @@ class Run:
             passes.check(patches, spec.task)
             _check_lengths(passes, passes.bind(patches), [*train, *valid])
         run = cls(spec, place, passes, components, train, valid)
-        saved = checkpoint.newest(place / CHECKPOINTS)
+        saved = checkpoints.newest(place / CHECKPOINTS)
         if saved is not None:
             run._restore(saved)
         return run
@@ -105,37 +119,37 @@ class Run:
     @property
     def tokens(self) -> int:
         """Of the micro-batch that is being computed."""
-        return sum(_tokens(row) for row in self._rows)
+        return sum(_tokens(row) for row in self._current.rows)
 
     # -- a micro-batch -----------------------------------------------------------------------------------------
 
     def part(self) -> Part:
         """The next micro-batch, through the patches as they are now."""
-        self._delta = self._passes.bind(self._components.patches(self._rng))
-        if self._weight is None:
-            self._weight = self._weigh(self._delta)
-        rows = [self._train[n] for n in self._batches[self._micro]]
-        self._rows = rows
-        return Part(self.spec.task, rows, self._delta, self.spec.label_smoothing)
+        step = self._current
+        delta = self._passes.bind(self._components.patches(self._rng))
+        if step.weight is None:
+            step.weight = self._weigh(delta)
+        step.rows = [self._train[n] for n in step.batches[step.micro]]
+        return Part(self.spec.task, step.rows, delta, self.spec.label_smoothing)
 
     def loss(self, output: Output) -> Tensor:
         """The micro-batch's share of the step's loss, which is a mean over the step's own rows; a float32 scalar."""
-        if not self._weight:
-            raise RuntimeError("a step was measured before its rows were read")
-        share = losses.total(self.spec, self._rows, output) / self._weight
+        step = self._current
+        if step.weight is None:
+            raise RuntimeError("a micro-batch was measured before its rows were read")
+        share = losses.total(self.spec, step.rows, output) / step.weight
         penalty = self._components.penalty()
         if penalty is not None:
-            share = share + penalty / len(self._batches)
-        self._loss += float(share.detach())
+            share = share + penalty / len(step.batches)
+        step.loss += float(share.detach())
         return share
 
     def settle(self, seconds: float) -> list[FromTuner]:
         """Gradients of the micro-batch are there: steps if it was the step's last. What came of it, in order."""
-        self._seconds += seconds
-        self._micro += 1
-        if self._micro < len(self._batches):
-            return []
-        return self._finish_step()
+        step = self._current
+        step.seconds += seconds
+        step.micro += 1
+        return self._finish_step(step) if step.micro == len(step.batches) else []
 
     def diverged(self) -> Failed:
         """What is said when a loss or a gradient is no number."""
@@ -148,21 +162,18 @@ class Run:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def _begin_step(self) -> None:
-        self._batches = [] if self.done else self._order.step(self.step)
-        self._micro, self._loss, self._seconds = 0, 0.0, 0.0
-        self._weight: float | None = None
-        self._rows: list[Example] = []
+    def _begin_step(self) -> _Step:
+        return _Step([] if self.done else self._order.step(self.step))
 
     def _weigh(self, delta: PackedDelta) -> float:
-        rows = [self._train[n] for batch in self._batches for n in batch]
+        rows = [self._train[n] for batch in self._current.batches for n in batch]
         found = losses.weight(self.spec, rows, self._passes.backbone.spec.kind, _virtual(delta))
         return found or 1.0  # rows of which nothing counts cost nothing
 
-    def _finish_step(self) -> list[FromTuner]:
+    def _finish_step(self, current: _Step) -> list[FromTuner]:
         spec = self.spec
         norm = self._clip()
-        if not math.isfinite(norm) or not math.isfinite(self._loss):
+        if not math.isfinite(norm) or not math.isfinite(current.loss):
             return [self.diverged()]
         rate = factor(spec, self.step, self.steps)
         for group in self._optimizer.param_groups:
@@ -171,12 +182,12 @@ class Run:
         self._optimizer.zero_grad()
         self.step += 1
         self._rng_at_step = self._rng.get_state()
-        tokens = sum(_tokens(self._train[n]) for batch in self._batches for n in batch)
+        tokens = sum(_tokens(self._train[n]) for batch in current.batches for n in batch)
         self.books.tokens += tokens
         peak = float(self._optimizer.param_groups[0]["lr"])
         epoch = self.step / self._order.steps_an_epoch
         found: list[FromTuner] = [
-            Stepped(spec.id, self.step, epoch, self._loss, peak, norm, tokens, self._seconds)
+            Stepped(spec.id, self.step, epoch, current.loss, peak, norm, tokens, current.seconds)
         ]
         better = False
         if self._valid and self._due(spec.evaluate_every):
@@ -187,7 +198,7 @@ class Run:
             found.append(self.checkpoint())
         if self.done:
             found.append(self.finished())
-        self._begin_step()
+        self._current = self._begin_step()
         return found
 
     def _clip(self) -> float:
@@ -227,19 +238,19 @@ class Run:
         for name, p in self._names.items():
             tensors |= {f"{key}/{name}": value for key, value in self._optimizer.state.get(p, {}).items()}
         tensors["rng"] = self._rng_at_step
-        saved = checkpoint.Saved(self.step, {k: t.cpu() for k, t in tensors.items()}, asdict(self.books))
+        saved = checkpoints.Saved(self.step, {k: t.cpu() for k, t in tensors.items()}, asdict(self.books))
         with torch.no_grad():
-            file = checkpoint.write(folder, saved, self._components.delta())
-        checkpoint.prune(folder, self.books.best_step if self.books.best is not None else None)
+            file = checkpoints.write(folder, saved, self._components.delta())
+        checkpoints.prune(folder, self.books.best_step if self.books.best is not None else None)
         return Checkpointed(self.spec.id, self.step, str(file))
 
     def finished(self) -> Finished:
         """What is to be published: the best step's delta where there is a validation set, else the last's."""
         best = self.step if self.books.best is None else self.books.best_step
-        file = checkpoint.folder_of(self.folder / CHECKPOINTS, best) / checkpoint.DELTA
+        file = checkpoints.folder_of(self.folder / CHECKPOINTS, best) / checkpoints.DELTA
         return Finished(self.spec.id, self.step, best, str(file), self.step < self.steps, self.books.tokens)
 
-    def _restore(self, saved: checkpoint.Saved) -> None:
+    def _restore(self, saved: checkpoints.Saved) -> None:
         tensors: dict[str, Tensor] = dict(saved.tensors)
         with torch.no_grad():
             for name, p in self._names.items():
@@ -252,7 +263,7 @@ class Run:
             own: dict[str, Any] = self._optimizer.state[p]
             own[kind] = tensor if kind == "step" else tensor.to(p.device)
         self.step, self.books = saved.step, Books(**saved.numbers)
-        self._begin_step()
+        self._current = self._begin_step()
 
 
 def _peak(spec: JobSpec, usual: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import torch
 
@@ -33,26 +32,27 @@ class Trainer:
     def runs(self) -> list[Run]:
         return list(self._runs.values())
 
-    def step(self) -> Iterator[FromTuner]:
+    def step(self) -> list[FromTuner]:
         """One micro-batch of every run, and what came of it. A run that ended or failed is removed.
 
         A run's loss is a mean over its own rows and its tensors are in no other's, so the gradient of the sum of all losses
         is for each what it would be alone.
         """
+        said: list[FromTuner] = []
         parts = []
         began = time.perf_counter()
         for run in self.runs:
             if run.done:
                 self.remove(run.spec.id)
-                yield run.finished()
+                said.append(run.finished())
                 continue
             try:
                 parts.append((run, run.part()))
             except (DeltaError, DeltaserveError) as error:
                 self.remove(run.spec.id)
-                yield _failed(run, error)
+                said.append(_failed(run, error))
         if not parts:
-            return
+            return said
         outputs = self._passes([part for _, part in parts])
         sound, shares = [], []
         for (run, _), output in zip(parts, outputs, strict=True):
@@ -62,19 +62,18 @@ class Trainer:
                 shares.append(loss)
             else:
                 self.remove(run.spec.id)
-                yield run.diverged()
+                said.append(run.diverged())
         if shares:
             torch.stack(shares).sum().backward()  # type: ignore[no-untyped-call]
         seconds = time.perf_counter() - began
         tokens = {run.spec.id: run.tokens for run in sound}
         whole = sum(tokens.values())
         for run in sound:
-            for message in run.settle(seconds * tokens[run.spec.id] / whole):
-                yield message
-                if isinstance(message, Failed):
-                    self.remove(run.spec.id)
-            if run.done:
+            found = run.settle(seconds * tokens[run.spec.id] / whole)
+            said += found
+            if run.done or any(isinstance(message, Failed) for message in found):
                 self.remove(run.spec.id)
+        return said
 
 
 def _failed(run: Run, error: DeltaError | DeltaserveError) -> Failed:
