@@ -37,7 +37,7 @@ def steps(first: int, last: int, total: int) -> list[dict[str, Any]]:
 
 @dataclass
 class Jobs:
-    """The one job. ``streams`` are what each connection to its events is sent, the last one again and again; a number in one
+    """The one job. ``streams`` are what each connection to its events is sent, the last again and again; a number in one
     is an HTTP status to answer, ``None`` at its end breaks the connection, ``...`` keeps it open."""
 
     url: str = ""

@@ -71,9 +71,9 @@ def test_of_numbers(wanted: list[float], found: list[float], pearson: float, spe
 def test_of_texts() -> None:
     assert scores.exact_match(["a b", "c"], ["a b", "d"]) == 0.5
     # Lin 2004, section 3.1: "police killed the gunman" against two candidates.
-    wanted = "police killed the gunman".split()
-    assert scores.rouge_l([wanted], ["police kill the gunman".split()]) == 0.75
-    assert scores.rouge_l([wanted], ["the gunman kill police".split()]) == 0.5
+    wanted = ["police", "killed", "the", "gunman"]
+    assert scores.rouge_l([wanted], [["police", "kill", "the", "gunman"]]) == 0.75
+    assert scores.rouge_l([wanted], [["the", "gunman", "kill", "police"]]) == 0.5
     assert scores.rouge_l([wanted, wanted], [wanted, []]) == 0.5
     assert scores.perplexity(math.log(20)) == pytest.approx(20)
     assert math.isfinite(scores.perplexity(1e6))
