@@ -28,6 +28,11 @@ class Tunable(Protocol):
     def name(self) -> str: ...
 
     @property
+    def method(self) -> str:
+        """The method of the stored form, in :data:`deltas.methods.METHODS`."""
+        ...
+
+    @property
     def learning_rate(self) -> float:
         """The peak learning rate (AdamW) that a job takes where it names none."""
         ...
@@ -54,6 +59,11 @@ class Tunable(Protocol):
     def resume(self, component: Component, options: Mapping[str, Any], /) -> dict[str, Tensor]:
         """The parameters that a stored component of this method came from, to train it further. Raises
         :class:`~deltas.errors.UnsupportedDelta` where the trained form cannot be told from the stored one."""
+        ...
+
+    def stored_sites(self, component: Component, spec: BackboneSpec, /) -> list[Site]:
+        """The sites that a stored component of this method is put at, in forward order: those of a job that trains it
+        further."""
         ...
 
     def patches(

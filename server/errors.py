@@ -17,6 +17,7 @@
       TooLarge                      413  too_large
       LimitExceeded                 429  rate_limit_exceeded Retry-After
       Unavailable                   503  unavailable         Retry-After
+        QueueTimeout                503  queue_timeout       Retry-After
         EngineRestarting            503  engine_restarting   Retry-After
       RowFailed                     500  row_failed          (one row's computation failed; its neighbours' did not)
 
@@ -221,6 +222,15 @@ class Unavailable(DeltaserveError):
     code = "unavailable"
 
     def __init__(self, message: str, *, retry_after: float = 1.0, code: str | None = None) -> None:
+        super().__init__(message, retry_after=retry_after, code=code)
+
+
+class QueueTimeout(Unavailable):
+    """The request waited for a place in the batch for as long as the server lets one wait."""
+
+    code = "queue_timeout"
+
+    def __init__(self, message: str, *, retry_after: float = 10.0, code: str | None = None) -> None:
         super().__init__(message, retry_after=retry_after, code=code)
 
 

@@ -73,6 +73,16 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     key_id: str | None = None
 
 
+class Turn(msgspec.Struct, frozen=True):
+    """Whose row it is, and when it has its turn: ``weight`` is the tenant's share of a busy engine, ``priority`` orders the
+    tenant's own rows (lower goes first).
+    """
+
+    tenant: str
+    weight: float = 1.0
+    priority: int = 0
+
+
 class Page(msgspec.Struct, frozen=True, kw_only=True):
     """One page of a listing, oldest first."""
 

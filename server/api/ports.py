@@ -21,6 +21,7 @@ from server.types import (
     TextPiece,
     Tier,
     TokenEvent,
+    Turn,
     Vector,
     Want,
 )
@@ -107,7 +108,7 @@ class Engine(Protocol):
         prompt: list[int],
         sampling: SamplingParams,
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]: ...
 
@@ -117,12 +118,12 @@ class Engine(Protocol):
         prompt: list[int],
         choices: Sequence[list[int]],
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> list[list[float]]: ...
 
     async def encode(
-        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, turn: Turn
     ) -> list[Vector | DeltaserveError]: ...
 
     async def load(self, delta: DeltaRef) -> ProbeResult: ...

@@ -34,7 +34,13 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class SamplingFields(Strict):
+class Prioritised(Strict):
+    """What may be asked for before others of the same tenant. ``priority`` is vLLM's: lower goes first, 0 by default."""
+
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+
+
+class SamplingFields(Prioritised):
     """How rows choose their tokens. ``None`` means the default everywhere, as OpenAI's clients send it."""
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -212,7 +218,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class EncodingRequest(Strict):
+class EncodingRequest(Prioritised):
     """What embeddings and classification share. ``input`` is normalised to a list of texts or of token id lists.
 
     ``truncate_prompt_tokens`` (vLLM's) cuts longer inputs at their end; -1 means to the model's limit.

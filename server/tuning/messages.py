@@ -41,6 +41,7 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
     backbone_bytes: int
     private_bytes: int  # of the backbone's weights, not shared with the engine
     trainable: int
+    process_bytes: int = 0  # what is the process's alone: Python, libraries' data, this and other jobs
 
 
 class Stepped(msgspec.Struct, frozen=True, tag=True):
@@ -98,6 +99,13 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     code: str
     message: str
     param: str | None = None
+
+
+class TunerDied(msgspec.Struct, frozen=True, tag=True):
+    """The tuner process is gone, and these jobs were not done; said by the client, not by the tuner."""
+
+    jobs: list[str]
+    reason: str
 
 
 ToTuner = Start | Stop | Load | Leave

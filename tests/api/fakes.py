@@ -25,6 +25,7 @@ from server.types import (
     Tier,
     TokenEvent,
     TokenLogprob,
+    Turn,
     Vector,
     Want,
 )
@@ -117,7 +118,7 @@ class Call:
     prompt: list[int]
     sampling: SamplingParams
     delta: DeltaRef | None
-    tenant: str
+    turn: Turn
 
 
 @dataclass
@@ -168,7 +169,7 @@ class FakeEngine:
         return INFO
 
     async def encode(
-        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, turn: Turn
     ) -> list[Vector | DeltaserveError]:
         return [Vector(array("f", [float(len(row.ids)), 1.0]).tobytes()) for row in rows]
 
@@ -178,7 +179,7 @@ class FakeEngine:
         prompt: list[int],
         choices: Sequence[list[int]],
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> list[list[float]]:
         return [[-token / 256 for token in choice] for choice in choices]
@@ -214,10 +215,10 @@ class FakeEngine:
         prompt: list[int],
         sampling: SamplingParams,
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]:
-        self.calls.append(Call(prompt, sampling, delta, tenant))
+        self.calls.append(Call(prompt, sampling, delta, turn))
         self.running += 1
         self.started.put(len(self.calls))
         try:

@@ -63,7 +63,7 @@ class EncodedWay(Way[C]):
         found: list[Vector | DeltaserveError] = []
         want = self.want(parameters)
         async with aclosing(
-            encoding.outcomes(call.engine, call.metrics, call.tenant, rows, call.target.delta, want)
+            encoding.outcomes(call.engine, call.metrics, call.turn, rows, call.target.delta, want)
         ) as waves:
             async for wave in waves:
                 found += wave
