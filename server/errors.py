@@ -108,7 +108,8 @@ class DatasetInvalid(InvalidRequest):
     """A file to train or validate on that cannot be used.
 
     ``param`` is ``training_file`` or ``validation_file``. ``rows`` are the first bad rows, ``count`` is how many there are;
-    ``report`` is a JSONL file of all of them, as long as its folder is kept.
+    ``report`` is a JSONL file of all of them, as long as its folder is kept, and ``report_file`` the id of a copy that the
+    caller can get from ``/v1/files``, where one was made.
     """
 
     code = "invalid_dataset"
@@ -126,11 +127,13 @@ class DatasetInvalid(InvalidRequest):
         self.rows = list(rows)
         self.count = count
         self.report = report
+        self.report_file: str | None = None
 
     def body(self) -> dict[str, Any]:
         body = super().body()
         body["error"]["rows"] = [row._asdict() for row in self.rows]
         body["error"]["bad_rows"] = self.count
+        body["error"]["report_file"] = self.report_file
         return body
 
 
