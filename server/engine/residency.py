@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 
@@ -21,23 +20,8 @@ from deltas.weights import Source
 from server.engine.claims import Candidate, Claims
 from server.engine.copies import Copies
 from server.engine.loaders import LOADERS, Loaders, LoadFailure
+from server.engine.resident import Counts, Resident
 from server.types import DeltaRef, PinTier, Residence
-
-
-@dataclass(eq=False)
-class _Resident:
-    delta: PackedDelta
-    references: int = 0
-
-
-@dataclass
-class Counts:
-    """Cumulative, but for ``seconds``, which the reader empties."""
-
-    from_host: int = 0
-    from_disk: int = 0
-    failures: int = 0
-    seconds: list[float] = field(default_factory=list)
 
 
 class Residency:
@@ -71,7 +55,7 @@ class Residency:
         self._device = device
         self._device_bytes, self._host_bytes, self._pinned_share = device_bytes, host_bytes, pinned_share
         self._finish, self._forget, self._wake = finish, forget, wake
-        self._on_device: OrderedDict[str, _Resident] = OrderedDict()
+        self._on_device: OrderedDict[str, Resident] = OrderedDict()
         self._on_host: OrderedDict[str, PackedDelta] = OrderedDict()
         self._device_used = self._host_used = 0  # bytes
         self._loading: set[str] = set()  # in a loader's hands
@@ -296,7 +280,7 @@ class Residency:
         except DeltaError as error:
             self._refuse(digest, str(error))
             return None
-        self._on_device[digest] = _Resident(placed)
+        self._on_device[digest] = Resident(placed)
         self._device_used += placed.nbytes
         if placed.prompt is None and delta.prompt is not None:  # keep what was computed once
             self._keep_on_host(digest, placed.to(torch.device("cpu")))
