@@ -28,8 +28,8 @@ from deltas.groups import site_groups
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine import backbone as backbones
 from server.engine.backbone import Backbone
+from server.engine.memory import SHARED_NAME
 
-_NAME = "deltaserve-weights"
 _LENGTH_BYTES = 8
 _HEADER_BYTES = 4 << 20
 _ALIGN_BYTES = 64
@@ -37,11 +37,6 @@ _ALIGN_BYTES = 64
 
 class SharedWeightsError(RuntimeError):
     """The shared memory holds no weights, or those of another backbone."""
-
-
-def create() -> int:
-    """A descriptor of new, empty shared memory; it costs nothing until it is filled. Close it with ``os.close``."""
-    return os.memfd_create(_NAME)
 
 
 def share(backbone: Backbone, fd: int) -> int:
@@ -97,7 +92,7 @@ def private_bytes() -> int:
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name = line.split(maxsplit=1)[0]
         if not name.endswith(":"):  # a mapping's first line
-            ours = _NAME in line
+            ours = SHARED_NAME in line
         elif ours and name == "Anonymous:":
             found += int(line.split()[1]) * 1024
     return found

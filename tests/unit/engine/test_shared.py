@@ -17,6 +17,7 @@ from deltas.sites import SiteKind
 from server.engine import backbone as backbones
 from server.engine import shared
 from server.engine.backbone import SERVED, Backbone
+from server.engine.memory import create_shared
 from server.engine.wire import python_path
 from tests.encoders import write_encoder
 from tests.seq2seq import write_bart, write_t5
@@ -30,7 +31,7 @@ MEGABYTE = 1 << 20
 
 @pytest.fixture
 def memory() -> Iterator[int]:
-    fd = shared.create()
+    fd = create_shared()
     yield fd
     os.close(fd)
 

@@ -18,6 +18,7 @@ from deltas.tuned import tunable
 from server.config import Settings
 from server.engine import backbone as backbones
 from server.engine import shared
+from server.engine.memory import create_shared
 from server.tuning.client import TunerClient
 from server.tuning.messages import (
     Begun,
@@ -40,7 +41,7 @@ SECONDS = 120
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The memory in which an engine has put a tiny backbone's weights."""
     folder = write_backbone(tmp_path_factory.mktemp("backbone"))
-    fd = shared.create()
+    fd = create_shared()
     shared.share(backbones.load("tiny", folder, torch.device("cpu"), torch.float32), fd)
     yield fd
     os.close(fd)
