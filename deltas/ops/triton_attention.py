@@ -13,9 +13,13 @@ from torch import Tensor
 
 from deltas.ops.triton_kernels import dot_type
 
-KEYS = 64  # keys of one step
+KEYS = 64  # keys of one step, at most
+KEY_BYTES = (
+    512  # of a head's key: of longer ones a step takes half as many, to fit a multiprocessor's shared memory
+)
 PART = 512  # keys that make a part worth a program of its own
 MOST_PARTS = 8
+STAGES = 2  # steps whose keys and values are in shared memory
 GROUP = 16  # query heads of one product, at least: the smallest tile on tensor cores
 
 
@@ -94,6 +98,11 @@ def _join(
     tl.store(out + row * out_row + head * out_head + d, joined.to(out.dtype.element_ty), mask=d < dim)
 
 
+def keys_of(dim: int, dtype: torch.dtype) -> int:
+    """Keys of one step, for heads of ``dim``, a power of two."""
+    return KEYS if dim * dtype.itemsize <= KEY_BYTES else KEYS // 2
+
+
 def decode(
     q: Tensor,
     keys: Tensor,
@@ -137,6 +146,7 @@ def decode(
         sums if bias is None else bias, *((0, 0) if bias is None else bias.stride()[:2]), scale, softcap or 1.0,
         sums, tops, weights, group, dim,
         PAGED=pages is not None, FIRSTS=firsts is not None, BIAS=bias is not None, CAPPED=softcap is not None,
-        DOT=dot_type(q.dtype), PARTS=parts, GROUP=max(GROUP, triton.next_power_of_2(group)), DIM=wide, KEYS=KEYS,
+        DOT=dot_type(q.dtype), PARTS=parts, GROUP=max(GROUP, triton.next_power_of_2(group)),
+        DIM=wide, KEYS=keys_of(wide, q.dtype), num_stages=STAGES,
     )  # fmt: skip
     _join[(rows, heads)](sums, tops, weights, out, out.stride(0), out.stride(1), dim, PARTS=parts, DIM=wide)

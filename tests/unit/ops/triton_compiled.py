@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here, as a process of its own: ``python -m ... CAPABILITY...``.
 
 The compiler and its assembler need no device. Prints one line a kernel and variant: its name, the capability, ``v4``
-where it reads global memory 16 bytes at a time, and the bytes of its machine code.
+where it reads global memory 16 bytes at a time, and the bytes of its machine code and of shared memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -30,10 +31,11 @@ CONSTANTS: dict[str, list[dict[str, Any]]] = {
     "_kv_write": [{"PAGED": paged, "HEADS": 8, "DIM": 128} for paged in (True, False)],
     "_attend": [
         {
-            "PAGED": on, "FIRSTS": on, "BIAS": on, "CAPPED": on, "DOT": dot, "PARTS": 8, "GROUP": 16, "DIM": 128,
-            "KEYS": triton_attention.KEYS,
+            "PAGED": on, "FIRSTS": on, "BIAS": on, "CAPPED": on, "DOT": dot, "PARTS": 8, "GROUP": 16, "DIM": dim,
+            "KEYS": triton_attention.keys_of(dim, torch.bfloat16 if dot is tl.bfloat16 else torch.float32),
         }
         for on, dot in ((True, tl.bfloat16), (False, tl.bfloat16), (False, tl.float32))
+        for dim in (128, 256)
     ],
     "_join": [{"PARTS": 8, "DIM": 128}],
 }  # fmt: skip
@@ -67,7 +69,9 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Any:
         if signature[a] != "fp32" and a not in ("heads", "group", "kv_heads")
     }
     values = {(kernel.arg_names.index(c),): value for c, value in constants.items()}
-    return compile(ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", capability, 32))
+    options = {"num_stages": triton_attention.STAGES} if "KEYS" in constants else {}
+    source = ASTSource(kernel, signature, values, aligned)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def main() -> None:
@@ -76,8 +80,9 @@ def main() -> None:
     for capability in map(int, sys.argv[1:]):
         for name, variants in CONSTANTS.items():
             for constants in variants:
-                code = compiled(kernels[name], constants, capability).asm
-                print(name, capability, "v4" if "ld.global.v4" in code["ptx"] else "-", len(code["cubin"]))
+                code = compiled(kernels[name], constants, capability)
+                how = "v4" if "ld.global.v4" in code.asm["ptx"] else "-"
+                print(name, capability, how, len(code.asm["cubin"]), code.metadata.shared)
 
 
 if __name__ == "__main__":
