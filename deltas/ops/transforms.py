@@ -81,8 +81,8 @@ class BatchTransforms:
 
 def _are_disjoint(found: list[Transforms]) -> bool:
     """Has no row two of them?"""
-    rows = torch.cat([transforms.rows for transforms in found])
-    return len(rows.unique()) == len(rows)
+    rows: list[int] = torch.cat([transforms.rows for transforms in found]).tolist()
+    return len(set(rows)) == len(rows)
 
 
 def _transforms_of(segments: Sequence[Segment]) -> dict[int, list[Transforms]]:
