@@ -7,7 +7,8 @@ from typing import Literal
 # Arithmetic a second that training reaches, where nothing was measured yet: on a CPU, of two cores with bfloat16 (8 rows of
 # 128 tokens of a 135 M decoder in some 4 s); on a GPU, a guess for small batches.
 STATED = {"cpu": 1.5e11, "cuda": 2e13}
-_PASSES = 4  # operations a token and parameter: two forward, two for the gradients of activations; none for weights
+# Operations a token and parameter: two forward, two for the gradients of activations, none for those of weights.
+_PASSES = 4
 
 
 def seconds(
