@@ -81,7 +81,8 @@ class _Layout:
         self._index = torch.cat([bucket.tokens.flatten() for bucket in buckets])
         real = torch.cat([_real(bucket) for bucket in buckets]).nonzero().squeeze(1)
         self._places = real[self._index[real].argsort()]
-        self._as_it_is = len(self._index) == len(real) and bool((self._index == self._places).all())
+        in_order = torch.arange(len(real), device=real.device)
+        self._as_it_is = torch.equal(self._index, in_order)
 
     def spread(self, x: Tensor) -> list[Tensor]:
         """``[tokens, heads, head_dim]`` -> by bucket ``[rows, heads, longest, head_dim]``."""
