@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 
@@ -71,3 +72,19 @@ def create_file(path: Path, content: bytes) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Give ``source``'s content the name ``path`` (mode 0600), all or nothing."""
+    temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as writing, source.open("rb") as reading:
+            shutil.copyfileobj(reading, writing, 1 << 20)
+            writing.flush()
+            os.fsync(writing.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
