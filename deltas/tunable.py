@@ -56,6 +56,11 @@ class Tunable(Protocol):
         :class:`~deltas.errors.UnsupportedDelta` where the trained form cannot be told from the stored one."""
         ...
 
+    def stored_sites(self, component: Component, spec: BackboneSpec, /) -> list[Site]:
+        """The sites that a stored component of this method is put at, in forward order: those of a job that trains it
+        further."""
+        ...
+
     def patches(
         self,
         parameters: Parameters,

@@ -129,7 +129,8 @@ def _own(site: Site, weights: SiteWeights) -> Tensor:
 
 
 def _dora_gain(magnitude: Tensor, down: Tensor, up: Tensor, site: Site, weights: SiteWeights) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(_own(site, weights) + up.T @ down, dim=1)
+    with torch.no_grad():  # a constant where the delta is trained, as in the paper and in PEFT
+        norms: Tensor = torch.linalg.vector_norm(_own(site, weights) + up.T @ down, dim=1)
     if bool((norms == 0).any()):
         raise InvalidDelta(
             f"{site.name}: W + s B A has a row of zeros, which has no direction", field=site.name
