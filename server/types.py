@@ -12,6 +12,7 @@ DeltaStatus = Literal["ready", "quarantined", "deleted"]
 Visibility = Literal["private", "public"]
 Tier = Literal["device", "host", "disk"]
 PinTier = Literal["device", "host"]
+JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 DEFAULT_TENANT = "default"
 LIVE = "live"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import msgspec
 
 from server.store.delta_fields import DeltaFields
 from server.store.keys import Keys
+from server.types import JobState
 
-JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 STATES: tuple[JobState, ...] = (
     "validating_files",
     "queued",
@@ -19,6 +20,8 @@ STATES: tuple[JobState, ...] = (
     "failed",
     "cancelled",
 )
+CHECKPOINT = "ft:"
+_CHECKPOINT = re.compile(rf"{CHECKPOINT}.*:(?P<job>ftjob-[0-9a-f]{{24}}):step-(?P<step>0|[1-9][0-9]{{0,9}})")
 ENDED: frozenset[JobState] = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -103,6 +106,17 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     def ended(self) -> bool:
         """Whether nothing will happen to it any more."""
         return self.status in ENDED
+
+
+def checkpoint_model(job: str, fields: JobFields, step: int) -> str:
+    """The name by which requests use a checkpoint."""
+    return f"{CHECKPOINT}{fields.backbone}:{fields.name}:{job}:step-{step}"
+
+
+def parse_checkpoint_model(model: str) -> tuple[str, int] | None:
+    """The job and the step of such a name; None when it is none."""
+    match = _CHECKPOINT.fullmatch(model)
+    return None if match is None else (match["job"], int(match["step"]))
 
 
 class Lease(msgspec.Struct, frozen=True):

@@ -33,7 +33,6 @@ from server.store.job_records import (
     JobError,
     JobFields,
     JobRecord,
-    JobState,
     Lease,
     Progress,
     StaleLease,
@@ -41,7 +40,7 @@ from server.store.job_records import (
 from server.store.keys import Keys
 from server.store.reference import shown
 from server.store.registry import check_limit
-from server.types import DEFAULT_TENANT, Page
+from server.types import DEFAULT_TENANT, JobState, Page
 
 LEASE_SECONDS = 15.0
 KEPT_CHECKPOINTS = 32

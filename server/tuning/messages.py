@@ -100,5 +100,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     param: str | None = None
 
 
+class TunerDied(msgspec.Struct, frozen=True, tag=True):
+    """What the client says when the tuner's process ended: these jobs run no more. It is started again by itself."""
+
+    jobs: list[str]
+    reason: str
+
+
 ToTuner = Start | Stop | Load | Leave
 FromTuner = Begun | Stepped | Evaluated | Checkpointed | Finished | Stopped | Failed
