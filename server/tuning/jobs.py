@@ -30,25 +30,27 @@ class _Held:
 class JobService:
     """At most ``most`` jobs at once, each in a folder of its own under ``root``.
 
-    ``root`` names the worker: whoever starts on the same folder knows that the one before is dead, and takes its jobs
-    over at once. Jobs of other workers are taken over when their leases run out.
+    ``owner`` is the name of whoever works in ``root`` (:func:`worker_name`): it knows that the process before it is dead, and
+    takes its jobs over at once. Jobs of other workers are taken over when their leases run out.
     """
 
-    def __init__(self, tools: Tools, root: Path, most: int, *, tick_seconds: float = _TICK_SECONDS) -> None:
+    def __init__(
+        self, tools: Tools, root: Path, owner: str, most: int, *, tick_seconds: float = _TICK_SECONDS
+    ) -> None:
         self._tools = tools
         self._jobs: JobStore = tools.jobs
         self._root = root
         self._most = most
         self._tick = tick_seconds
-        self._owner = ""
+        self._owner = owner
         self._held: dict[str, _Held] = {}
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Take over what an earlier process left, and begin."""
-        self._owner = await asyncio.to_thread(worker_name, self._root)
         await self._jobs.adopt(self._owner)
+        await sweep(self._jobs, self._root)
         self._tasks = [asyncio.create_task(self._tend()), asyncio.create_task(self._listen())]
 
     async def stop(self, seconds: float) -> None:
@@ -87,7 +89,8 @@ class JobService:
             except Unavailable as error:
                 log.warning("tuning_waits_for_registry", reason=error.message)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._tick)
+                async with asyncio.timeout(self._tick):  # wait_for can swallow a cancellation
+                    await self._changed.wait()
 
     async def _claim(self) -> bool:
         claimed = await self._jobs.claim(self._owner)

@@ -63,6 +63,7 @@ class Tools:
     tuner: Tuner
     publisher: Publisher
     metrics: Metrics
+    backbone: str
     retry_seconds: float = _RETRY_SECONDS
 
 
@@ -120,6 +121,11 @@ class Worker:
         if self._record.spec is None:
             raise InvalidRequest(
                 "the job was interrupted while its files were being validated: create it again"
+            )
+        if self._record.fields.backbone != self._tools.backbone:
+            raise InvalidRequest(
+                f"the job is for the backbone '{self._record.fields.backbone}', and '{self._tools.backbone}' is served now",
+                code="other_backbone",
             )
         await self._start()
         done = False
