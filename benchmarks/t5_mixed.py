@@ -163,8 +163,9 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
         print(f"{case:52} {best:9.0f} {usual:8.0f} {ratios[0]} {ratios[1]}")
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k not in ("json", "clock")}
+        results = {case: {"tokens_s": rate[case], "seconds": found} for case, found in seconds.items()}
         args.json.write_text(
-            json.dumps({"machine": machine(), "settings": settings, "seconds": seconds}, indent=1)
+            json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1)
         )
 
 

@@ -156,21 +156,22 @@ class PackedDelta:
         """The same delta on another device: one copy of the arena (and of the prefix)."""
         if self.arena.device == device:
             return self
-        arena, start = self.arena.to(device, non_blocking=True), self.arena.storage_offset()
+        ahead = device.type != "cpu"  # what comes to the host may be read at once
+        arena, start = self.arena.to(device, non_blocking=ahead), self.arena.storage_offset()
 
         def move(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
-                return tensor.to(device, non_blocking=True)
+                return tensor.to(device, non_blocking=ahead)
             return arena.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
 
         return replace(
             self,
             arena=arena,
             patches=map_tensors(self.patches, move),
-            prefix=None if self.prefix is None else self.prefix.to(device, non_blocking=True),
-            prompt=None if self.prompt is None else self.prompt.to(device, non_blocking=True),
-            prefixes=map_tensors(self.prefixes, lambda t: t.to(device, non_blocking=True)),
-            head=map_tensors(self.head, lambda t: t.to(device, non_blocking=True)),
+            prefix=None if self.prefix is None else self.prefix.to(device, non_blocking=ahead),
+            prompt=None if self.prompt is None else self.prompt.to(device, non_blocking=ahead),
+            prefixes=map_tensors(self.prefixes, lambda t: t.to(device, non_blocking=ahead)),
+            head=map_tensors(self.head, lambda t: t.to(device, non_blocking=ahead)),
         )
 
     def with_prefix(self, prefix: Tensor) -> PackedDelta:

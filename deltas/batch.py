@@ -31,6 +31,9 @@ class Segment:
 class Hooked(Protocol):
     """What a step may ask of the module it changes, for the tokens of one segment (``rows``)."""
 
+    fed: bool
+    """Whether the module was given another input than the backbone's, by :meth:`Plan.feed`."""
+
     def linear(self, out0: int, out: int, x: Tensor, /) -> Tensor:
         """The backbone's own columns ``out0 .. out0+out`` of its group for another input ``[n, in]``, bias included."""
         ...
@@ -61,6 +64,12 @@ class Plan(Protocol):
 
     def active(self, group: int) -> bool:
         """Does any row change anything at this group?"""
+        ...
+
+    def feed(self, group: int, x: Tensor, columns: int, /) -> Tensor:
+        """What the linears of a group with ``columns`` outputs shall read, ``[tokens, in]``: ``x`` itself, or a copy
+        with the rows transformed whose delta transforms the whole group's input. Then the hook says ``fed``, and
+        :meth:`apply`, which is given ``x``, leaves those steps out."""
         ...
 
     def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:

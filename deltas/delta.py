@@ -35,8 +35,18 @@ class Component:
 
     def at(self, site: str) -> dict[str, Tensor]:
         """The tensors of one site, by parameter name."""
-        start = f"{site}/"
-        return {name[len(start) :]: t for name, t in self.tensors.items() if name.startswith(start)}
+        return dict(self._by_site.get(site, {}))
+
+    @cached_property
+    def _by_site(self) -> dict[str, dict[str, Tensor]]:
+        """Looked up once for each site of a delta that is being loaded: going through all names each time is slow."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            at = name.find("/")
+            while at >= 0:
+                found.setdefault(name[:at], {})[name[at + 1 :]] = tensor
+                at = name.find("/", at + 1)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,11 @@ def pool(hidden: Tensor, pooling: Pooling) -> Tensor:
 
 def apply(head: Head, hidden: Tensor) -> Tensor:
     """The head's outputs for one row's hidden states ``[tokens, width]``: ``[outputs]``, or ``[tokens, outputs]``."""
-    x = pool(hidden, head.pooling)
+    return layers(head, pool(hidden, head.pooling))
+
+
+def layers(head: Head, x: Tensor) -> Tensor:
+    """What the head's layers make of pooled states ``[..., width]``: ``[..., outputs]``."""
     for layer in head.layers:
         x = activate(F.linear(x, layer.weight, layer.bias), layer.activation)
         if layer.norm is not None:

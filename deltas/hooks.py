@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltas.batch import Plan
 from deltas.groups import SiteGroup
 from deltas.ops import Ops
-from deltas.ops.native import Kernels
+from deltas.ops.rows import RowKernels
 from deltas.sites import Site
 
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
@@ -32,8 +32,8 @@ class Hooks:
     decoder_plan: Plan | None = None
 
     @property
-    def kernels(self) -> Kernels | None:
-        return self.ops.kernels
+    def rows(self) -> RowKernels | None:
+        return self.ops.rows
 
     def active(self, group: SiteGroup) -> Plan | None:
         """The plan that has something to do at this group, if one has."""
@@ -57,10 +57,12 @@ class Packed:
 
     @staticmethod
     def of(linears: Sequence[nn.Module], *, prepack: bool) -> Packed:
-        """The linears' weights. Off the CPU the fused copy becomes the only one."""
+        """The linears' weights. Where they lie one behind the other already there is no copy; else the fused copy becomes
+        the only one, unless it is reordered."""
         weights = [weight_of(linear) for linear in linears]
         biases = [bias_of(linear) for linear in linears]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        whole = _side_by_side(weights)
+        weight = torch.cat(weights) if whole is None else whole
         bias = None
         if any(b is not None for b in biases):
             pairs = zip(biases, weights, strict=True)
@@ -68,12 +70,26 @@ class Packed:
         on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         if prepack and on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias, onednn=True)
-        if len(weights) > 1 and not on_cpu:
+        if whole is None:
             at = 0
             for linear, own in zip(linears, weights, strict=True):
                 linear.weight.data = weight[at : at + own.shape[0]]
                 at += own.shape[0]
         return Packed(weight, bias, onednn=False)
+
+
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
+    """One view of weights that follow each other in one memory, rows after rows; None where they do not."""
+    first, end = weights[0], weights[0].data_ptr()
+    if len(weights) == 1:
+        return first
+    for weight in weights:
+        apart = weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        if apart or not weight.is_contiguous() or weight.data_ptr() != end:
+            return None
+        end += weight.numel() * weight.element_size()
+    rows = sum(len(weight) for weight in weights)
+    return first.as_strided((rows, first.shape[1]), first.stride())
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -89,6 +105,8 @@ def bias_of(linear: nn.Module) -> Tensor | None:
 
 class _Asked:
     """What a step may ask of a module: by default nothing. See :class:`~deltas.batch.Hooked`."""
+
+    fed = False
 
     def linear(self, _out0: int, _out: int, _x: Tensor, /) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a linear")
@@ -186,13 +204,16 @@ class GroupHook(_Asked):
         """The outputs of all members side by side, ``[..., out]``, with the batch's steps applied."""
         for block in self.starts:
             block.start(self.group.sites[0].path, x)
-        y = self.packed(x)
         plan = self.hooks.active(self.group)
+        rows_in = x if plan is None else x.reshape(-1, x.shape[-1])
+        given = rows_in if plan is None else plan.feed(self.group.index, rows_in, self.group.out_features)
+        self.fed = given is not rows_in
+        y = self.packed(given.view(x.shape) if self.fed else x)
         block_plan = None if self.block is None else self.hooks.active(self.block.group)
         if plan is not None or block_plan is not None:
             rows = y.view(-1, y.shape[-1])
             if plan is not None:
-                plan.apply(self.group.index, x.reshape(-1, x.shape[-1]), rows, self)
+                plan.apply(self.group.index, rows_in, rows, self)
             if block_plan is not None and self.block is not None:
                 self.block.apply(block_plan, rows)
         return y
@@ -243,9 +264,9 @@ class NormHook(_Asked):
         site = self.group.sites[0]
         if self.block is not None:
             self.block.start(site.path, x)
-        kernels, width = self.hooks.kernels, x.shape[-1]
+        kernels, width = self.hooks.rows, x.shape[-1]
         if kernels is not None and self._by_kernel and self._eps is not None and not torch.is_grad_enabled():
-            y = torch.empty(x.shape, dtype=x.dtype)
+            y = x.new_empty(x.shape)
             kernels.rms_norm(x.reshape(-1, width), self.module.weight, self._eps, y.view(-1, width))  # type: ignore[arg-type]
         else:
             y = own(x)

@@ -29,7 +29,7 @@ from deltas.patches import (
     SparseDiff,
 )
 from deltas.sites import BackboneSpec, SiteKind
-from deltas.tensors import map_tensors, tensors_of
+from deltas.tensors import map_tensors, surely_finite, tensors_of
 
 ALIGN_BYTES = 64
 
@@ -42,6 +42,20 @@ def pack(
     Raises :class:`UnsupportedDelta` for what one pass cannot apply exactly, :class:`InvalidDelta` for values that
     ``dtype`` cannot hold.
     """
+    bound = bind(patches, spec, dtype)
+    arena, placed = _place(bound.patches, dtype, pin)
+    stacked = _stack(bound.prefixes, spec) if bound.prefixes and spec.kind == "decoder" else None
+    return replace(
+        bound,
+        arena=arena,
+        patches=placed,
+        prefix=stacked,
+        prefixes={} if stacked is not None else bound.prefixes,
+    )
+
+
+def bind(patches: Sequence[Patch], spec: BackboneSpec, dtype: torch.dtype) -> PackedDelta:
+    """:func:`pack` without an arena: steps keep the patches' own floats, and prefixes stay by site on every backbone."""
     where = places(spec)
     sites: dict[str, list[Patch]] = {}
     prefixes: dict[str, list[KVPrefix]] = {}
@@ -59,23 +73,42 @@ def pack(
     by_group: dict[int, list[Place]] = {}
     for name in sites:
         by_group.setdefault(where[name].group.index, []).append(where[name])
-    steps = {group: _group_steps(members, sites) for group, members in by_group.items()}
-    arena, placed = _place(steps, dtype, pin)
-    joined = {site: _join_prefixes(parts, dtype) for site, parts in prefixes.items()}
     shift = 0 if prompt is None else len(prompt.embeddings)
     for parts in prefixes.values():
         shift = max(shift, sum(len(part.keys) for part in parts if part.shifts_positions))
-    stacked = _stack(joined, spec) if joined and spec.kind == "decoder" else None
     return PackedDelta(
-        arena,
-        placed,
-        stacked,
+        torch.empty(0, dtype=dtype),
+        {group: tuple(_group_steps(by_group[group], sites)) for group in sorted(by_group)},
+        None,
         None if prompt is None else prompt.embeddings.to(dtype).contiguous(),
         shift,
-        {} if stacked is not None else joined,
+        {site: _join_prefixes(parts, dtype) for site, parts in prefixes.items()},
         prompt is not None and prompt.after_norm,
         map_tensors(head, lambda t: t.to(dtype)),
     )
+
+
+def bind_trained(patches: Sequence[Patch], spec: BackboneSpec, dtype: torch.dtype) -> PackedDelta:
+    """:func:`bind` for patches that gradients flow through, on the tensors' own device: floats are cast to ``dtype``,
+    nothing is copied beside.
+
+    A sparse change to a linear becomes a dense one: its gradient is gathered from one product, whatever its entries.
+    """
+    dense = [_as_dense(patch, spec) if isinstance(patch, SparseDiff) else patch for patch in patches]
+    bound = bind(dense, spec, dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return replace(bound, patches=map_tensors(bound.patches, cast))
+
+
+def _as_dense(patch: SparseDiff, spec: BackboneSpec) -> SparseDiff | DenseDiff:
+    site = spec.sites[patch.site]
+    if site.kind is not SiteKind.LINEAR:
+        return patch
+    matrix = patch.values.new_zeros(site.weight_shape)
+    return DenseDiff(patch.site, matrix.index_put((patch.rows, patch.columns), patch.values, accumulate=True))
 
 
 _LAST = (DenseDiff, Kronecker, EmbeddingLowRank, GatedLowRank)
@@ -137,7 +170,7 @@ def _steps(patches: Sequence[Patch], place: Place, *, split: bool) -> tuple[list
             last.append(Placed(out0, out, sparse.packed(patch, rows, columns, embedding=embedding)))
         else:
             (last if isinstance(patch, _LAST) else first).append(Placed(out0, out, patch, embedding))
-    middle: list[Applied] = [] if fused == nothing else [fused]
+    middle: list[Applied] = [] if fused is nothing else [fused]
     return first, [*middle, *chain, *last]
 
 
@@ -155,7 +188,7 @@ def _bottleneck(patch: Bottleneck, out0: int, out: int) -> SitePatch:
 
 
 def _place(
-    steps: dict[int, list[Applied]], dtype: torch.dtype, pin: bool
+    steps: Mapping[int, Sequence[Applied]], dtype: torch.dtype, pin: bool
 ) -> tuple[Tensor, dict[int, tuple[Applied, ...]]]:
     step = ALIGN_BYTES // dtype.itemsize
 
@@ -174,11 +207,14 @@ def _place(
         view = arena[at : at + tensor.numel()].view(tensor.shape)
         view.copy_(tensor)
         at += padded(tensor.numel())
-        if not bool(torch.isfinite(view).all()):  # 0 * inf would reach other rows of a dense product
-            raise InvalidDelta(f"a value of the delta is beyond {str(dtype)[6:]}, the backbone's dtype")
         return view
 
-    return arena, {group: tuple(map_tensors(s, put)) for group, s in sorted(steps.items())}
+    placed = {group: tuple(map_tensors(s, put)) for group, s in sorted(steps.items())}
+    if not surely_finite([arena]) and not bool(
+        torch.isfinite(arena).all()
+    ):  # 0 * inf would reach other rows of a dense product
+        raise InvalidDelta(f"a value of the delta is beyond {str(dtype)[6:]}, the backbone's dtype")
+    return arena, placed
 
 
 def _join_prefixes(parts: Iterable[KVPrefix], dtype: torch.dtype) -> KVPrefix:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 Tree = TypeVar("Tree")
+
+
+def surely_finite(tensors: Iterable[Tensor]) -> bool:
+    """False if a NaN or an infinity is among the values of these float tensors; also where only a sum overflows.
+
+    One small operation a tensor: a sum of finite numbers that is finite tells that all are.
+    """
+    return all(math.isfinite(tensor.sum().item()) for tensor in tensors)
 
 
 def tensors_of(tree: object) -> Iterator[Tensor]:

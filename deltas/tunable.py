@@ -28,6 +28,11 @@ class Tunable(Protocol):
     def name(self) -> str: ...
 
     @property
+    def method(self) -> str:
+        """The method of the stored form, in :data:`deltas.methods.METHODS`."""
+        ...
+
+    @property
     def learning_rate(self) -> float:
         """The peak learning rate (AdamW) that a job takes where it names none."""
         ...

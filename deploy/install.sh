@@ -12,13 +12,14 @@ python=$2
 case $what in
 dependencies)
     lock=$3
-    # torch comes first, with its dependencies: its CUDA build pins packages of its own that no lock could name
-    # for CPU and GPU alike. requirements.lock constrains it (not $lock: pip would install, with dependencies, a
-    # file that a constraints file includes). The locks are complete, so pip need not resolve anything else.
+    # The locks are complete, so pip need not resolve anything.
     # shellcheck disable=SC2086 # PIP_ARGS is a list
-    "$python" -m pip install ${PIP_ARGS:-} --constraint requirements.lock torch setuptools
-    # shellcheck disable=SC2086
     "$python" -m pip install ${PIP_ARGS:-} --no-deps --requirement "$lock"
+    # But torch's CUDA build pins packages of its own that no lock could name for CPU and GPU alike: they come last,
+    # and its Triton takes the place of the one that tests use beside CPU builds. requirements.lock constrains what is
+    # resolved (not $lock: pip would install, with dependencies, a file that a constraints file includes).
+    # shellcheck disable=SC2086
+    "$python" -m pip install ${PIP_ARGS:-} --constraint requirements.lock torch setuptools
     ;;
 project)
     "$python" -m pip install --no-deps --no-build-isolation ${3:+"$3"} .

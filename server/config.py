@@ -41,10 +41,17 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         1024, ge=1, description="most requests waiting for a row; more are refused with 503"
     )
+    queue_timeout_seconds: float = Field(
+        600.0, ge=0, description="longest wait for a row; then 503 (0: as long as it takes)"
+    )
     prefill_tokens: int = Field(512, ge=16, description="most prompt tokens in one step")
     kv_bytes: int | None = Field(
         None, ge=1 << 20, description="memory for keys and values (default: by device)"
     )
+    kv: Literal["auto", "slots", "paged"] = Field(
+        "auto", description="how decoders keep keys and values: paged on CUDA devices, else in slots"
+    )
+    cuda_graphs: bool = Field(True, description="decode by CUDA graphs, on CUDA devices")
     delta_bytes: int = Field(2 << 30, ge=1 << 20, description="memory for resident deltas on the device")
     host_delta_bytes: int = Field(4 << 30, ge=0, description="memory for deltas kept on the host")
     pinned_delta_share: float = Field(
@@ -55,6 +62,18 @@ class Settings(BaseSettings):
     tuning: Literal["on", "off"] = Field("on", description="whether tuning jobs are taken and run")
     max_jobs: int = Field(4, ge=1, le=64, description="most tuning jobs that train at once")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine (default: all cores)")
+    tuning_priority: Literal["idle", "low", "normal"] = Field(
+        "idle", description="of the tuner's threads: idle runs only where the engine leaves a core free"
+    )
+    tuning_threads: int | None = Field(
+        None, ge=1, description="CPU threads of the tuner (default: all cores)"
+    )
+    tuning_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of its time that the tuner works while requests run (default: 1 on a CPU, 0.5 on a GPU)",
+    )
     drain_seconds: float = Field(30.0, ge=0, description="how long running requests may finish after SIGTERM")
     metrics_open: bool = Field(False, description="serve /metrics without the admin key")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the server's log")

@@ -6,6 +6,7 @@
         DeltaRefused                400  invalid_delta
         InvalidComposition          400  invalid_composition (deltas that have no exact sum)
         UnsupportedTask             400  unsupported_task    (a backbone or a delta of another kind)
+        DatasetInvalid              400  invalid_dataset     (rows of a file to train on; with ``rows``: the bad ones)
       AuthenticationFailed          401  invalid_api_key
       PermissionDenied              403  permission_denied
       NotFound                      404  not_found
@@ -16,6 +17,7 @@
       TooLarge                      413  too_large
       LimitExceeded                 429  rate_limit_exceeded Retry-After
       Unavailable                   503  unavailable         Retry-After
+        QueueTimeout                503  queue_timeout       Retry-After
         EngineRestarting            503  engine_restarting   Retry-After
       RowFailed                     500  row_failed          (one row's computation failed; its neighbours' did not)
 
@@ -24,7 +26,11 @@ The wire form is OpenAI's: ``{"error": {"message", "type", "param", "code"}}``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
+
+from server.types import BadRow
 
 
 class DeltaserveError(Exception):
@@ -96,6 +102,40 @@ class UnsupportedTask(InvalidRequest):
 
     def __init__(self, message: str, *, param: str | None = "model") -> None:
         super().__init__(message, param=param)
+
+
+class DatasetInvalid(InvalidRequest):
+    """A file to train or validate on that cannot be used.
+
+    ``param`` is ``training_file`` or ``validation_file``. ``rows`` are the first bad rows, ``count`` is how many there are;
+    ``report`` is a JSONL file of all of them, as long as its folder is kept, and ``report_file`` the id of a copy that the
+    caller can get from ``/v1/files``, where one was made.
+    """
+
+    code = "invalid_dataset"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str,
+        rows: Sequence[BadRow] = (),
+        count: int = 0,
+        report: Path | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+        self.rows = list(rows)
+        self.count = count
+        self.report = report
+        self.report_file: str | None = None
+
+    def body(self) -> dict[str, Any]:
+        body = super().body()
+        body["error"]["rows"] = [row._asdict() for row in self.rows]
+        body["error"]["bad_rows"] = self.count
+        body["error"]["report_file"] = self.report_file
+        body["error"]["report_file"] = self.report_file
+        return body
 
 
 class AuthenticationFailed(DeltaserveError):
@@ -183,6 +223,15 @@ class Unavailable(DeltaserveError):
     code = "unavailable"
 
     def __init__(self, message: str, *, retry_after: float = 1.0, code: str | None = None) -> None:
+        super().__init__(message, retry_after=retry_after, code=code)
+
+
+class QueueTimeout(Unavailable):
+    """The request waited for a place in the batch for as long as the server lets one wait."""
+
+    code = "queue_timeout"
+
+    def __init__(self, message: str, *, retry_after: float = 10.0, code: str | None = None) -> None:
         super().__init__(message, retry_after=retry_after, code=code)
 
 

@@ -14,6 +14,9 @@ Tier = Literal["device", "host", "disk"]
 PinTier = Literal["device", "host"]
 JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
+# A message's role as clients write it -> as chat templates know it.
+CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
 DEFAULT_TENANT = "default"
 LIVE = "live"
 
@@ -69,6 +72,16 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str
     admin: bool = False
     key_id: str | None = None
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """Whose row it is, and when it has its turn: ``weight`` is the tenant's share of a busy engine, ``priority`` orders the
+    tenant's own rows (lower goes first).
+    """
+
+    tenant: str
+    weight: float = 1.0
+    priority: int = 0
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,6 +221,19 @@ class TextPiece(NamedTuple):
 
     text: str
     own: bool
+
+
+class BadRow(NamedTuple):
+    """What is wrong with a row of a dataset, or (``line`` None) with the whole file. ``line`` counts from 1.
+
+    ``file`` is ``training_file`` or ``validation_file``; ``field`` the row's key, as ``messages[2].content``.
+    """
+
+    file: str
+    line: int | None
+    field: str | None
+    code: str
+    message: str
 
 
 class EncodedText(msgspec.Struct, frozen=True):

@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, step: int) -> Path:
 
 
 class StandIn:
-    """A Tuner. With ``gated``, a step is taken for each permit of ``gate``; a job in ``failing`` fails at its first step."""
+    """A Tuner. With ``gated``, a step is taken for each permit of ``gate``; a job in ``failing`` fails at once."""
 
     def __init__(self, *, gated: bool = False, steps: int = STEPS) -> None:
         self.gate = asyncio.Semaphore(0)

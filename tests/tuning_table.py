@@ -21,7 +21,8 @@ prompts, prefixes and heads. The learning rate is the peak that AdamW takes wher
 
 `targets` are names of sites (`layers.3.attn.q`), ends of them (`q`, `attn.q`), parts of them (`mlp`, `layers.3`), the
 modules' own names (`q_proj`, `query`), or a word: `linears` (also `all-linear`), `norms`, `biases` (linears and norms that
-have one in the backbone).
+have one in the backbone). A job that classifies, regresses or tags reads hidden states through a head, so nothing of the
+backbone's output head can be targeted, and of an encoder-decoder only the encoder.
 
 """
 

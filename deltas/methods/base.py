@@ -112,10 +112,13 @@ def by_site(
 
 def each_site(component: Component, spec: BackboneSpec) -> Iterator[tuple[Site, dict[str, Tensor]]]:
     """Every site of a checked component with its tensors, floats as float32, in forward order."""
-    present = set(component.sites())
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in component.tensors.items():
+        site_name, _, parameter = name.rpartition("/")
+        by_name.setdefault(site_name, {})[parameter] = tensor
     for site in spec.sites.values():
-        if site.name in present:
-            tensors = component.at(site.name)
+        if site.name in by_name:
+            tensors = by_name[site.name]
             yield site, {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
 
 

@@ -19,7 +19,7 @@ from deltas.bank import SitePatch
 from deltas.batch import Hooked, Segment
 from deltas.ops import reference
 from deltas.ops.inputs import activate, block_input
-from deltas.ops.transforms import Transforms, transforms_of
+from deltas.ops.transforms import BatchTransforms
 from deltas.patches import Activation, BlockInput
 
 
@@ -48,15 +48,17 @@ class DensePlan:
     _groups: dict[int, list[_Stacked]] = field(default_factory=dict)
 
     @cached_property
-    def _transforms(self) -> dict[int, list[Transforms]]:
-        return transforms_of(self.segments)
+    def _transforms(self) -> BatchTransforms:
+        return BatchTransforms(self.segments)
 
     def active(self, group: int) -> bool:
         return any(s.delta is not None and group in s.delta.patches for s in self.segments)
 
+    def feed(self, group: int, x: Tensor, columns: int, /) -> Tensor:
+        return self._transforms.feed(group, x, columns)
+
     def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
-        for transforms in self._transforms.get(group, ()):
-            transforms.apply(x, y, hooked)
+        self._transforms.apply(group, x, y, hooked)
         for segment in self.segments:
             if segment.delta is not None and group in segment.delta.alone:
                 reference.apply_wide(segment.delta.rest[group], x, y, hooked, segment.slice)

@@ -37,7 +37,8 @@ def block_input(reads: BlockInput | None, x: Tensor, y: Tensor, hooked: Hooked, 
         case None | BlockInput.RESIDUAL:
             return x
         case BlockInput.OUTPUT:
-            return y
+            # what a gradient needs must not change when the result is added to it
+            return y.clone() if torch.is_grad_enabled() else y
         case BlockInput.OUTPUT_AND_RESIDUAL:
             return y + x
         case BlockInput.NORMED:

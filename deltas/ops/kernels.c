@@ -54,6 +54,7 @@ INLINE vf load_f(const float *p) {
 INLINE void store_f(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 #if LANES == 16 && defined(__AVX512BF16__)
+#define DOT_BF16
 /* 0, 16, 1, 17, ... as 16-bit lanes. */
 static const vu interleave_halves = {
     0 | 16 << 16,  1 | 17 << 16,  2 | 18 << 16,  3 | 19 << 16,  4 | 20 << 16,  5 | 21 << 16,
@@ -102,21 +103,20 @@ INLINE vf add_neighbours(vf a, vf b) {
 #endif
 }
 
-/* The vector of the sums of LANES vectors. */
-INLINE vf sums(vf v[LANES]) {
+/* The vector that begins with the sums of `count` vectors, a power of two; each is summed in the same order for
+ * every count. */
+INLINE vf sums(int count, vf *v) {
     UNROLL
-    for (int n = LANES / 2; n >= 1; n /= 2) {
+    for (int n = count / 2; n >= 1; n /= 2) {
         UNROLL
         for (int i = 0; i < n; i++) v[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
     }
+    UNROLL
+    for (int n = LANES / count; n > 1; n /= 2) v[0] = add_neighbours(v[0], v[0]);
     return v[0];
 }
 
-INLINE float sum(vf v) {
-    UNROLL
-    for (int n = LANES; n > 1; n /= 2) v = add_neighbours(v, v);
-    return v[0];
-}
+INLINE float sum(vf v) { return sums(1, &v)[0]; }
 
 /* The larger and the smaller of two; b where one is NaN. */
 INLINE vf larger(vf a, vf b) {

@@ -82,12 +82,12 @@ INLINE void NAME(scores)(const Q_TYPE *q, const T *k, int64_t k_token, int64_t n
             NAME(fetch_token)(next->k, i, k_token, head_dim);
         UNROLL
         for (int l = 0; l < LANES; l++) part[l] = NAME(products)(q, key + l * k_token, head_dim);
-        store_f(scores + j, sums(part) * scale);
+        store_f(scores + j, sums(LANES, part) * scale);
     }
     if (j < n) {
         for (int l = 0; l < LANES; l++)
             part[l] = NAME(products)(q, k + min64(j + l, n - 1) * k_token, head_dim);
-        store_f(scores + j, sums(part) * scale);
+        store_f(scores + j, sums(LANES, part) * scale);
         for (j = n; j % LANES != 0; j++) scores[j] = -INFINITY;
     }
 }

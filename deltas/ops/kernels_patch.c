@@ -50,64 +50,68 @@ INLINE int64_t find(cursor *c, const entry *table, int64_t unit) {
 #endif
 
 /* h[t][r] = z_t . down_r for n tokens and m rows of down; summed in the same order for every n and m. */
-INLINE void NAME(dots)(int n, int m, const float *z, int64_t padded, const T *down, int64_t in, float *h,
-                       int64_t rank, ahead *next) {
+INLINE void NAME(dots)(int n, int m, const T *z, int64_t ldz, const T *down, int64_t in, float *h, int64_t ldh,
+                       ahead *next) {
     ahead coming = *next;
-    vf acc[4][8];
+    vf acc[4 * 8];
     UNROLL
-    for (int t = 0; t < n; t++) {
-        UNROLL
-        for (int r = 0; r < m; r++) acc[t][r] = splat(0.0f);
-    }
+    for (int k = 0; k < n * m; k++) acc[k] = splat(0.0f);
     int64_t i = 0;
     for (; i + PAIR <= in; i += PAIR) {
-        pair a[8];
+        NAME(strip) a[8];
         coming = fetch(coming, m * LINES);
         UNROLL
-        for (int r = 0; r < m; r++) a[r] = NAME(load)(down + r * in + i);
+        for (int r = 0; r < m; r++) a[r] = NAME(load_strip)(down + r * in + i, PAIR);
         UNROLL
         for (int t = 0; t < n; t++) {
-            vf za = load_f(z + t * padded + i), zb = load_f(z + t * padded + i + LANES);
+            NAME(strip) x = NAME(load_strip)(z + t * ldz + i, PAIR);
             UNROLL
-            for (int r = 0; r < m; r++) {
-                acc[t][r] += za * a[r].a;
-                acc[t][r] += zb * a[r].b;
-            }
+            for (int r = 0; r < m; r++) acc[t * m + r] = NAME(add_products)(acc[t * m + r], x, a[r]);
         }
     }
     if (i < in) {
         UNROLL
         for (int r = 0; r < m; r++) {
-            pair a = NAME(load_part)(down + r * in + i, in - i);
+            NAME(strip) a = NAME(load_strip)(down + r * in + i, in - i);
             UNROLL
-            for (int t = 0; t < n; t++) {
-                acc[t][r] += load_f(z + t * padded + i) * a.a;
-                acc[t][r] += load_f(z + t * padded + i + LANES) * a.b;
-            }
+            for (int t = 0; t < n; t++)
+                acc[t * m + r] =
+                    NAME(add_products)(acc[t * m + r], NAME(load_strip)(z + t * ldz + i, in - i), a);
         }
     }
     *next = coming;
-    if (n * m == LANES) { /* all sums at once, each in sum's order */
-        vf all[LANES];
-        float found[LANES] __attribute__((aligned(64)));
-        UNROLL
-        for (int i = 0; i < LANES; i++) all[i] = acc[i / m][i % m];
-        store_f(found, sums(all));
-        UNROLL
-        for (int i = 0; i < LANES; i++) h[i / m * rank + i % m] = found[i];
-        return;
-    }
+    const int at_once = n * m < LANES ? n * m : LANES;
     UNROLL
-    for (int t = 0; t < n; t++) {
+    for (int k = 0; k < n * m; k += at_once) {
+        float found[LANES] __attribute__((aligned(64)));
+        store_f(found, sums(at_once, acc + k));
         UNROLL
-        for (int r = 0; r < m; r++) h[t * rank + r] = sum(acc[t][r]);
+        for (int j = 0; j < at_once; j++) h[(k + j) / m * ldh + (k + j) % m] = found[j];
     }
 }
 
+/* What `up` is multiplied by. Where two of its rows go in one instruction that is h rounded to bfloat16, as the
+ * backbone's own layers would round it, and zero behind an odd rank. */
+#if DS_BF16 && defined(DOT_BF16)
+typedef T NAME(hidden);
+INLINE void NAME(to_hidden)(float *h, int64_t rank, T *hidden) {
+    if (rank % 2) h[rank] = 0.0f;
+    for (int64_t r = 0; r < rank; r += LANES) {
+        __m256bh rounded = _mm512_cvtneps_pbh((__m512)load_f(h + r));
+        memcpy(hidden + r, &rounded, sizeof rounded);
+    }
+}
+#else
+typedef float NAME(hidden);
+INLINE void NAME(to_hidden)(float *h, int64_t rank, float *hidden) {
+    memcpy(hidden, h, (size_t)rank * sizeof(float));
+}
+#endif
+
 /* y[t][0:count] = gain * y + h_t . up[:, 0:count] + shift for n tokens and `pairs` pairs of columns; the last
  * may be partial. */
-INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t rank, int64_t out,
-                         const T *gain, const T *shift, T *y, int64_t ldy, int64_t count, ahead *next) {
+INLINE void NAME(spread)(int n, int pairs, const NAME(hidden) *h, int64_t ldh, const T *up, int64_t rank,
+                         int64_t out, const T *gain, const T *shift, T *y, int64_t ldy, int64_t count, ahead *next) {
     ahead coming = *next;
     pair acc[4][4];
     UNROLL
@@ -126,6 +130,27 @@ INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t 
             }
         }
     }
+#if DS_BF16 && defined(DOT_BF16)
+    for (int64_t r = 0; r < rank; r += 2) { /* the products of two rows of up in one go */
+        coming = fetch(coming, 2 * pairs * LINES);
+        UNROLL
+        for (int p = 0; p < pairs; p++) {
+            const T *from = up + r * out + p * PAIR;
+            vu lower = NAME(load_strip)(from, count - p * PAIR), upper = {0};
+            if (r + 1 < rank) upper = NAME(load_strip)(from + out, count - p * PAIR);
+            vu even = (vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)lower, (__m512i)(upper << 16));
+            vu odd = (vu)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(lower >> 16), (__m512i)upper);
+            UNROLL
+            for (int t = 0; t < n; t++) {
+                int32_t both;
+                memcpy(&both, h + t * ldh + r, sizeof both);
+                vu w = (vu)_mm512_set1_epi32(both);
+                acc[t][p].a = NAME(add_products)(acc[t][p].a, w, even);
+                acc[t][p].b = NAME(add_products)(acc[t][p].b, w, odd);
+            }
+        }
+    }
+#else
     for (int64_t r = 0; r < rank; r++) {
         coming = fetch(coming, pairs * LINES);
         UNROLL
@@ -133,11 +158,12 @@ INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t 
             pair b = NAME(load_some)(up + r * out + p * PAIR, count - p * PAIR);
             UNROLL
             for (int t = 0; t < n; t++) {
-                acc[t][p].a += h[t * rank + r] * b.a;
-                acc[t][p].b += h[t * rank + r] * b.b;
+                acc[t][p].a += h[t * ldh + r] * b.a;
+                acc[t][p].b += h[t * ldh + r] * b.b;
             }
         }
     }
+#endif
     *next = coming;
     if (shift != NULL) {
         UNROLL
@@ -157,60 +183,53 @@ INLINE void NAME(spread)(int n, int pairs, const float *h, const T *up, int64_t 
     }
 }
 
-/* The input of n tokens as float32 [n, padded], zeros behind `in`. */
-INLINE void NAME(gather_input)(int n, int64_t reads, const T *x, int64_t ldx, const T *y, int64_t ldy,
-                               int64_t in, float *z, int64_t padded) {
+/* x + y for n tokens, [n, in], rounded as the backbone's own sum would be. */
+static void NAME(add_inputs)(int n, const T *x, int64_t ldx, const T *y, int64_t ldy, int64_t in, T *z) {
     for (int t = 0; t < n; t++)
         for (int64_t i = 0; i < in; i += PAIR) {
-            pair v = {splat(0.0f), splat(0.0f)};
-            if (reads != READS_Y) v = NAME(load_some)(x + t * ldx + i, in - i);
-            if (reads == READS_Y || reads == READS_X_AND_Y) {
-                pair w = NAME(load_some)(y + t * ldy + i, in - i);
-                v.a += w.a;
-                v.b += w.b;
-            }
-            store_f(z + t * padded + i, v.a);
-            store_f(z + t * padded + i + LANES, v.b);
+            pair v = NAME(load_some)(x + t * ldx + i, in - i), w = NAME(load_some)(y + t * ldy + i, in - i);
+            NAME(store_some)(z + t * in + i, (pair){v.a + w.a, v.b + w.b}, in - i);
         }
 }
 
 /* One entry for n tokens; x and y are at the first token, y at the entry's first column. */
 INLINE void NAME(patch_tokens)(int n, const entry *e, const T *x, int64_t ldx, int64_t in, T *y, int64_t ldy,
                                float *scratch, ahead *next) {
-    int64_t rank = e->rank, padded = round_up(in, PAIR);
+    int64_t rank = e->rank, ldh = round_up(rank, LANES);
     const T *down = e->down, *bias = e->down_bias, *up = e->up, *gain = e->gain, *shift = e->shift;
-    float *h = scratch + TOKENS * padded;
+    float *h = scratch;
+    NAME(hidden) *hidden = (NAME(hidden) *)(scratch + TOKENS * ldh);
     if (rank > 0) {
         const int wide = n == 1 ? 2 * DOT_ROWS : DOT_ROWS;
-        const float *z = scratch;
-#if !DS_BF16
-        if ((e->reads == READS_X || e->reads == READS_RESIDUAL) && padded == in) {
-            z = x; /* as it lies */
-            padded = ldx;
-        } else
-#endif
-            NAME(gather_input)(n, e->reads, x, ldx, y, ldy, in, scratch, padded);
+        const T *z = e->reads == READS_Y ? y : x; /* as it lies */
+        int64_t ldz = e->reads == READS_Y ? ldy : ldx;
+        if (e->reads == READS_X_AND_Y) {
+            T *both = (T *)(scratch + 2 * TOKENS * ldh);
+            NAME(add_inputs)(n, x, ldx, y, ldy, in, both);
+            z = both;
+            ldz = in;
+        }
         int64_t r = 0;
-        for (; r + wide <= rank; r += wide)
-            NAME(dots)(n, wide, z, padded, down + r * in, in, h + r, rank, next);
+        for (; r + wide <= rank; r += wide) NAME(dots)(n, wide, z, ldz, down + r * in, in, h + r, ldh, next);
         for (; r + DOT_ROWS <= rank; r += DOT_ROWS)
-            NAME(dots)(n, DOT_ROWS, z, padded, down + r * in, in, h + r, rank, next);
-        for (; r < rank; r++) NAME(dots)(n, 1, z, padded, down + r * in, in, h + r, rank, next);
+            NAME(dots)(n, DOT_ROWS, z, ldz, down + r * in, in, h + r, ldh, next);
+        for (; r < rank; r++) NAME(dots)(n, 1, z, ldz, down + r * in, in, h + r, ldh, next);
         if (bias != NULL || e->activation != IDENTITY)
             for (int t = 0; t < n; t++)
                 for (r = 0; r < rank; r++) {
-                    float v = h[t * rank + r];
+                    float v = h[t * ldh + r];
                     if (bias != NULL) v += NAME(load_one)(bias + r);
-                    h[t * rank + r] = activate(v, e->activation);
+                    h[t * ldh + r] = activate(v, e->activation);
                 }
+        for (int t = 0; t < n; t++) NAME(to_hidden)(h + t * ldh, rank, hidden + t * ldh);
     }
     const int pairs = n == 1 && LANES == 16 ? 4 : 2;
     int64_t o = 0;
     for (; o + pairs * PAIR <= e->out; o += pairs * PAIR)
-        NAME(spread)(n, pairs, h, up + o, rank, e->out, gain ? gain + o : NULL,
-                     shift ? shift + o : NULL, y + o, ldy, pairs * PAIR, next + 1);
+        NAME(spread)(n, pairs, hidden, ldh, up + o, rank, e->out, gain ? gain + o : NULL, shift ? shift + o : NULL,
+                     y + o, ldy, pairs * PAIR, next + 1);
     for (; o < e->out; o += PAIR)
-        NAME(spread)(n, 1, h, up + o, rank, e->out, gain ? gain + o : NULL, shift ? shift + o : NULL, y + o,
+        NAME(spread)(n, 1, hidden, ldh, up + o, rank, e->out, gain ? gain + o : NULL, shift ? shift + o : NULL, y + o,
                      ldy, e->out - o, next + 1);
 }
 
@@ -241,7 +260,7 @@ EXPORT int NAME(ds_patch)(const void *lines, int64_t entries, const void *x, int
     }
     if (units == 0) return 0;
     int threads = work < FEW ? 1 : (int)min64(omp_get_max_threads(), units);
-    int64_t each = round_up(TOKENS * (round_up(in, PAIR) + rank), 16);
+    int64_t each = TOKENS * round_up(in + 2 * round_up(rank, LANES), 16); /* floats: h, and a sum of two inputs */
     float *scratch = aligned_alloc(64, (size_t)(each * threads) * sizeof(float));
     if (scratch == NULL) return NO_MEMORY;
     int64_t taken = 0;

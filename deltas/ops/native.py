@@ -105,7 +105,8 @@ class Kernels:
         ``table`` ``[entries, len(ENTRY_FIELDS)]``, C-contiguous. ``x`` ``[tokens, in]`` is the site's input,
         or the residual at a block site; ``y`` ``[tokens, columns]``. Factors have y's dtype. Entries may
         share (token, column) pairs only when one directly follows the other with the same tokens; then they
-        apply in order.
+        apply in order. In bfloat16 a sum of two inputs is rounded to it, and so are, where the processor has
+        products of bfloat16, the ``rank`` hidden values.
         """
         address = _address(table, ENTRY_FIELDS)
         tokens, width = x.shape

@@ -1,4 +1,4 @@
-"""The patch table that the C kernel reads: one row of integers per (segment, site patch).
+"""The patch table that the kernels read: one row of integers per (segment, site patch).
 
 A packed delta's own table is made once. A batch's is the segments' tables stacked, with each segment's token range
 filled in: one numpy operation whatever the number of deltas, so composing a batch stays cheap.
@@ -18,7 +18,7 @@ from deltas.bank import PackedDelta, SitePatch
 from deltas.batch import Hooked, Segment
 from deltas.ops import reference
 from deltas.ops.native import ENTRY_FIELDS, Kernels
-from deltas.ops.transforms import Transforms, transforms_of
+from deltas.ops.transforms import BatchTransforms
 from deltas.patches import BlockInput
 
 Table = npt.NDArray[np.int64]
@@ -29,6 +29,8 @@ FIRST_EFFECT, LAST_EFFECT = (
     ENTRY_FIELDS.index("shift"),
 )  # all zero: changes nothing
 READS = {None: 0, BlockInput.OUTPUT: 1, BlockInput.OUTPUT_AND_RESIDUAL: 2, BlockInput.RESIDUAL: 3}
+
+TILE = 16  # tokens, and ranks, of a tile of the Triton kernels: the smallest product on tensor cores
 
 # Above this many tokens times ranks ordinary GEMMs win, below it their dispatch costs more than the arithmetic:
 # 128 tokens of a rank-8 LoRA on every linear take 0.25 of 0.6 s for 4,096 prompt tokens on two cores.
@@ -87,6 +89,15 @@ class DeltaTables:
         self._tables.pop(id(delta), None)
 
 
+def looped_of(segments: Sequence[Segment]) -> dict[int, list[Segment]]:
+    """By group: the segments whose steps there are beyond the kernels."""
+    found: dict[int, list[Segment]] = {}
+    for segment in segments:
+        for group in () if segment.delta is None else segment.delta.looped:
+            found.setdefault(group, []).append(segment)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class NativePlan:
     """Short segments by the C kernel, long ones by GEMMs. The segments keep their deltas alive."""
@@ -120,17 +131,12 @@ class NativePlan:
 
     @cached_property
     def _looped(self) -> dict[int, list[Segment]]:
-        """By group: the short segments whose steps there are beyond the kernel."""
-        found: dict[int, list[Segment]] = {}
-        for segment in self.narrow:
-            for group in () if segment.delta is None else segment.delta.looped:
-                found.setdefault(group, []).append(segment)
-        return found
+        return looped_of(self.narrow)
 
     @cached_property
-    def _transforms(self) -> dict[int, list[Transforms]]:
-        """By group, what comes before everything else, for all short segments at once."""
-        return transforms_of(self.narrow)
+    def _transforms(self) -> BatchTransforms:
+        """What comes before everything else, for all short segments at once."""
+        return BatchTransforms(self.narrow)
 
     def active(self, group: int) -> bool:
         if (self._table is not None and self._active[group]) or group in self._looped:
@@ -139,9 +145,11 @@ class NativePlan:
             return True
         return any(s.delta is not None and group in s.delta.patches for s in self.wide)
 
+    def feed(self, group: int, x: Tensor, columns: int, /) -> Tensor:
+        return self._transforms.feed(group, x, columns)
+
     def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
-        for transforms in self._transforms.get(group, ()):
-            transforms.apply(x, y, hooked)
+        self._transforms.apply(group, x, y, hooked)
         table = self._table
         if table is not None and self._active[group]:
             self.kernels.patch(table[group], x, y)

@@ -1,7 +1,8 @@
 """Steps that transform the backbone's own output, for all short segments at once.
 
-A row whose linear reads a scaled or rotated input needs another product of the same weight: one for all such rows of
-the batch, whatever their deltas, not one for each delta. Norms with values of their own likewise.
+Where a delta scales or rotates the input of everything that a group computes, the backbone's own product reads those
+rows transformed. Where it does so for some of the group's columns only, its rows need another product of the same weight:
+one for all such rows of the batch, whatever their deltas, not one for each delta. Norms with values of their own likewise.
 """
 
 from __future__ import annotations
@@ -29,19 +30,62 @@ class Transforms:
     values: Tensor | None  # input gains or norm weights, one line a token
     biases: Tensor | None  # of norms
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the linear reads for these rows, in order, ``[rows, in]``."""
+        if self.values is not None:
+            return x[self.rows] * self.values
+        return torch.cat([placed.rotated(x[s.slice], step.patch.blocks) for s, step in self.members])
+
+    @property
+    def of_input(self) -> bool:
+        """Do they change what a linear reads, and not a norm?"""
+        return not isinstance(self.members[0][1].patch, Override)
+
     def apply(self, x: Tensor, y: Tensor, hooked: Hooked) -> None:
         columns = y[:, self.out0 : self.out0 + self.out]
-        kind = type(self.members[0][1].patch)
-        if kind is Override and self.values is not None:
+        if self.of_input:
+            columns[self.rows] = hooked.linear(self.out0, self.out, self.inputs(x))
+        elif self.values is not None:
             columns[self.rows] = hooked.norm(x[self.rows], self.values, self.biases)
-        elif kind is InputGain and self.values is not None:
-            columns[self.rows] = hooked.linear(self.out0, self.out, x[self.rows] * self.values)
-        else:
-            turned = [placed.rotated(x[s.slice], step.patch.blocks) for s, step in self.members]
-            columns[self.rows] = hooked.linear(self.out0, self.out, torch.cat(turned))
 
 
-def transforms_of(segments: Sequence[Segment]) -> dict[int, list[Transforms]]:
+class BatchTransforms:
+    """The transforms of a batch's segments, by group."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._groups = _transforms_of(segments)
+        self._once = {group for group, found in self._groups.items() if _are_disjoint(found)}
+
+    def __contains__(self, group: int) -> bool:
+        return group in self._groups
+
+    def feed(self, group: int, x: Tensor, columns: int, /) -> Tensor:
+        """As :meth:`deltas.batch.Plan.feed`: a copy only where every transform of this group can be in it."""
+        found = self._groups.get(group)
+        if found is None or group not in self._once:
+            return x
+        if not all(t.of_input and t.out0 == 0 and t.out == columns for t in found):
+            return x
+        fed = x.clone()
+        for transforms in found:
+            fed[transforms.rows] = transforms.inputs(x)
+        return fed
+
+    def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
+        """Applies them to the backbone's output ``y``, unless the module was fed with them."""
+        if hooked.fed:
+            return
+        for transforms in self._groups.get(group, ()):
+            transforms.apply(x, y, hooked)
+
+
+def _are_disjoint(found: list[Transforms]) -> bool:
+    """Has no row two of them?"""
+    rows = torch.cat([transforms.rows for transforms in found])
+    return len(torch.unique(rows)) == len(rows)
+
+
+def _transforms_of(segments: Sequence[Segment]) -> dict[int, list[Transforms]]:
     """By group, the transforms of these segments, of one kind and place each."""
     classes: dict[tuple[int, type, int, int, bool], list[tuple[Segment, Placed]]] = {}
     for segment in segments:

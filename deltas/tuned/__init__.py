@@ -14,6 +14,7 @@ from deltas.tuned.lora import LoraTuning
 from deltas.tuned.modules import LastLayerTuning, ModuleTuning
 from deltas.tuned.prompts import PrefixTuning, PromptTuning
 from deltas.tuned.sparse import DiffPruningTuning, MaskingTuning
+from deltas.tuned.targets import before_head
 from deltas.tuned.vectors import BitFitTuning, IA3Tuning, NormTuning
 
 _ALL: tuple[Trained, ...] = (
@@ -63,4 +64,4 @@ def tunable(name: str) -> Tunable:
     return found
 
 
-__all__ = ["ALIASES", "TUNABLE", "tunable"]
+__all__ = ["ALIASES", "TUNABLE", "before_head", "tunable"]

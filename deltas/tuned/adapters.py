@@ -43,7 +43,7 @@ class _Adapter(Trained):
         return super().resume(component, options)
 
 
-def _common(factor: float, activation: str, reads: str) -> tuple[Option, ...]:
+def _common(factor: float, activation: str, reads: str, scale: float) -> tuple[Option, ...]:
     return (
         Option("width", None, count(1, 65_536), "the width inside; null: by reduction_factor"),
         Option(
@@ -56,13 +56,13 @@ def _common(factor: float, activation: str, reads: str) -> tuple[Option, ...]:
         Option(
             "reads", reads, one_of(*_READS), "the block's output (in sequence) or what it read (in parallel)"
         ),
-        Option("scale", 1.0, real(-1e3, 1e3), "what is added is multiplied by it"),
+        Option("scale", scale, real(-1e3, 1e3), "what is added is multiplied by it"),
     )
 
 
 class BottleneckTuning(_Adapter):
-    """A two-layer perceptron at the ends of blocks. A preset is the same method under the name that AdapterHub, or the
-    paper, gives to a choice of defaults."""
+    """A two-layer perceptron at the ends of blocks. A preset has the blocks, width, activation and scale of AdapterHub's
+    configuration of that name (in sequence it reads the block's output, whichever norm AdapterHub puts before it)."""
 
     learning_rate = 1e-3
     stored = "bottleneck"
@@ -74,12 +74,13 @@ class BottleneckTuning(_Adapter):
         factor: float = 16.0,
         activation: str = "gelu",
         reads: str = "output",
+        scale: float = 1.0,
         where: str = "the ends of all attention and feed-forward blocks",
     ) -> None:
         self.name = name
         self.where = where
         self.factor = factor
-        self.known = _common(factor, activation, reads)
+        self.known = _common(factor, activation, reads, scale)
         self._ends = ends
 
     def usual(self, spec: BackboneSpec, /) -> list[Site]:
@@ -108,9 +109,9 @@ class BottleneckTuning(_Adapter):
 _MLP = "the ends of all feed-forward blocks"
 
 PRESETS = (
-    BottleneckTuning("seq_bn", ("mlp.out",), 16.0, "relu", "output", _MLP),
+    BottleneckTuning("seq_bn", ("mlp.out",), 16.0, "relu", where=_MLP),
     BottleneckTuning("double_seq_bn", factor=16.0, activation="silu"),
-    BottleneckTuning("par_bn", ("mlp.out",), 2.0, "relu", "inner", _MLP),
+    BottleneckTuning("par_bn", ("mlp.out",), 2.0, "relu", "inner", 4.0, _MLP),
 )
 
 
@@ -122,7 +123,7 @@ class CompacterTuning(_Adapter):
     learning_rate = 3e-3
     where = "the ends of all attention and feed-forward blocks"
     known = (
-        *_common(32.0, "gelu", "output"),
+        *_common(32.0, "gelu", "output", 1.0),
         Option(
             "pieces", 4, count(1, 64), "how many Kronecker products are summed; divides hidden size and width"
         ),

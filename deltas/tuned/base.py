@@ -45,8 +45,10 @@ class Trained:
     def sites(self, targets: Sequence[str] | None, spec: BackboneSpec, /) -> list[Site]:
         sites = self.usual(spec) if targets is None else chosen(targets, spec, self.kinds, self.name)
         if not sites:
+            refused = next((site.refused for site in spec.of_kind(*self.kinds) if site.refused), "")
             raise InvalidDelta(
-                f"{self.name} has no usual targets in {spec.family}; name some", field="targets"
+                f"{self.name} has no usual targets in {spec.family}: {refused or 'name some'}",
+                field="targets",
             )
         return sites
 

@@ -8,6 +8,7 @@ includes the output head, or the layers of an encoder's own task that are not ru
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from deltas.errors import InvalidDelta, UnsupportedDelta
 from deltas.sites import BackboneSpec, Site, SiteKind
@@ -50,6 +51,14 @@ def leaves(spec: BackboneSpec, *names: str) -> list[Site]:
         for site in spec.sites.values()
         if "layers." in site.name and not site.refused and any(site.name.endswith(f".{n}") for n in names)
     ]
+
+
+def before_head(spec: BackboneSpec) -> BackboneSpec:
+    """The spec with the sites only that a row goes through to a task head: none of the backbone's own output head, and of
+    an encoder-decoder the encoder's alone. For the targets of jobs that classify, regress or tag."""
+    stack = "encoder." if spec.kind == "encoder-decoder" else ""
+    sites = {n: site for n, site in spec.sites.items() if n.startswith(stack) and not _of_head(site)}
+    return replace(spec, sites=sites)
 
 
 def word(name: str, spec: BackboneSpec) -> list[Site]:

@@ -16,7 +16,7 @@ from server.api.usage import Usage
 
 async def rows_for(request: ChatRequest, backbone: Backbone) -> list[Row]:
     """``n`` rows over the rendered messages. Raises ``ContextTooLong``, ``InvalidRequest``."""
-    rendered = await prompts.render(backbone.tokenizer, request.messages)
+    rendered = await prompts.render(backbone.tokenizer, [message.plain() for message in request.messages])
     start = prompts.start(rendered, backbone, "messages")
     wanted = request.max_completion_tokens or request.max_tokens or start.room
     logprobs = (request.top_logprobs or 0) if request.logprobs else None

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from server import logging
 from server.api.services import ServerState
-from server.errors import DeltaserveError, Unavailable
+from server.errors import DeltaserveError, QueueTimeout, Unavailable
 
 log = logging.get("server.api")
 
@@ -104,6 +104,7 @@ class EventStream(Response):
 
     async def _fail(self, send: Send, notes: dict[str, Any], error: DeltaserveError) -> None:
         notes["outcome"] = "unavailable" if error.status == 503 else "server_error"
+        notes["error_code"], notes["rejected"] = error.code, isinstance(error, QueueTimeout)
         await _event(send, error.body())
         await _done(send)
 

@@ -16,7 +16,7 @@ from server.api.schemas import EncodingRequest
 from server.api.services import Backbone
 from server.errors import ContextTooLong, DeltaserveError, InvalidRequest, UnsupportedTask
 from server.metrics import Metrics
-from server.types import DeltaRef, EncoderInput, Vector, Want
+from server.types import DeltaRef, EncoderInput, Turn, Vector, Want
 
 WAVE = 256  # rows of one request that wait or run at a time
 
@@ -73,7 +73,7 @@ async def _ids(
 async def outcomes(
     engine: Engine,
     metrics: Metrics,
-    tenant: str,
+    turn: Turn,
     rows: Sequence[EncoderInput],
     delta: DeltaRef | None,
     want: Want,
@@ -81,21 +81,21 @@ async def outcomes(
     """What the rows became, or each its own error, in their order and in waves."""
     for first in range(0, len(rows), WAVE):
         wave = rows[first : first + WAVE]
-        metrics.prompt_accepted(tenant, sum(len(row.ids) for row in wave))
-        yield await engine.encode(rows=wave, delta=delta, want=want, tenant=tenant)
+        metrics.prompt_accepted(turn.tenant, sum(len(row.ids) for row in wave))
+        yield await engine.encode(rows=wave, delta=delta, want=want, turn=turn)
 
 
 async def vectors(
     engine: Engine,
     metrics: Metrics,
-    tenant: str,
+    turn: Turn,
     rows: Sequence[EncoderInput],
     delta: DeltaRef | None,
     want: Want,
 ) -> list[Vector]:
     """The rows' vectors in their order. Raises the first row's error; then no further wave begins."""
     found: list[Vector] = []
-    async with aclosing(outcomes(engine, metrics, tenant, rows, delta, want)) as waves:
+    async with aclosing(outcomes(engine, metrics, turn, rows, delta, want)) as waves:
         async for wave in waves:
             for outcome in wave:
                 if isinstance(outcome, DeltaserveError):

@@ -16,7 +16,7 @@ from server.api.ports import Engine, Tokenizer
 from server.api.stops import StopFinder
 from server.errors import RowFailed
 from server.metrics import Metrics
-from server.types import DeltaRef, FinishReason, SamplingParams, TokenEvent, TokenLogprob
+from server.types import DeltaRef, FinishReason, SamplingParams, TokenEvent, TokenLogprob, Turn
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Generation:
     engine: Engine
     tokenizer: Tokenizer
     metrics: Metrics
-    tenant: str
+    turn: Turn
     delta: DeltaRef | None
     started: float = field(default_factory=time.perf_counter)
 
@@ -125,13 +125,13 @@ class Generation:
 
     async def _row(self, row: Row) -> AsyncGenerator[Piece, None]:
         text = _RowText(row, self.tokenizer)
-        self.metrics.prompt_accepted(self.tenant, len(row.given))
+        self.metrics.prompt_accepted(self.turn.tenant, len(row.given))
         last = 0.0
         events = self.engine.generate(
             prompt=row.prompt,
             sampling=row.sampling,
             delta=self.delta,
-            tenant=self.tenant,
+            turn=self.turn,
             source=row.source,
         )
         async with aclosing(events):
@@ -147,7 +147,7 @@ class Generation:
 
     def _count(self, tokens: int, last: float) -> float:
         now = time.perf_counter()
-        self.metrics.tokens_generated(self.tenant, tokens)
+        self.metrics.tokens_generated(self.turn.tenant, tokens)
         if last:
             self.metrics.next_tokens(now - last, tokens)
         else:

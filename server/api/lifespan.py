@@ -33,9 +33,9 @@ from server.store.tenants import TenantStore
 from server.store.valkey import EmbeddedValkey
 from server.tenants.auth import Authenticator
 from server.tenants.secrets import admin_key, server_secret
+from server.tuning.data import prepare
 from server.tuning.jobs import JobService, worker_name
 from server.tuning.publish import Publisher
-from server.tuning.submit import PreparedData
 from server.tuning.tuner import OpenTuner
 from server.tuning.worker import Tools
 from server.types import BackboneInfo, EngineStats
@@ -77,7 +77,7 @@ async def open_services(
             engine=EngineClient(settings),
             metrics=Metrics(),
             worker=await asyncio.to_thread(worker_name, jobs_folder),
-            prepare=_prepare,
+            prepare=prepare,
         )
         await asyncio.to_thread(shutil.rmtree, services.upload_folder, ignore_errors=True)
         background = Background()
@@ -206,9 +206,3 @@ async def _embedded_valkey(settings: Settings, stack: AsyncExitStack) -> Embedde
     await valkey.start()
     stack.push_async_callback(valkey.stop)
     return valkey
-
-
-def _prepare(*arguments: Any, **named: Any) -> PreparedData:
-    from server.tuning.data import prepare  # type: ignore[import-not-found]
-
-    return prepare(*arguments, **named)  # type: ignore[no-any-return]

@@ -77,7 +77,7 @@ class RequestScope:
         kind = state.get("kind", "other")
         computes = kind in _COMPUTING and outcome == "ok"
         self._services.metrics.request_done(kind, outcome, seconds if computes else None)
-        if status in (401, 403, 413, 429, 503):
+        if status in (401, 403, 413, 429, 503) or state.get("rejected"):
             self._services.metrics.rejected(state.get("error_code", "unavailable"))
         log.info(
             "request",

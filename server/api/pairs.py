@@ -9,11 +9,11 @@ from server.api import encoding, kinds, prompts
 from server.api.models import Target
 from server.api.schemas_tasks import ScoreRequest
 from server.api.services import Backbone, Services
-from server.types import EncoderInput, TextPiece, Want
+from server.types import EncoderInput, TextPiece, Turn, Want
 
 
 async def scores(
-    request: ScoreRequest, services: Services, backbone: Backbone, tenant: str, target: Target
+    request: ScoreRequest, services: Services, backbone: Backbone, turn: Turn, target: Target
 ) -> tuple[list[float], int]:
     """A score for each pair, and how many tokens were read.
 
@@ -33,7 +33,7 @@ async def scores(
     found = await encoding.vectors(
         services.engine,
         services.metrics,
-        tenant,
+        turn,
         rows,
         target.delta,
         Want("head") if cross else Want("embedding", normalise=True),

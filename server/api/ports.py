@@ -21,6 +21,7 @@ from server.types import (
     TextPiece,
     Tier,
     TokenEvent,
+    Turn,
     Vector,
     Want,
 )
@@ -41,6 +42,10 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def end_token(self) -> int | None:
+        """What ends a text that is learnt."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
@@ -103,7 +108,7 @@ class Engine(Protocol):
         prompt: list[int],
         sampling: SamplingParams,
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]: ...
 
@@ -113,12 +118,12 @@ class Engine(Protocol):
         prompt: list[int],
         choices: Sequence[list[int]],
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> list[list[float]]: ...
 
     async def encode(
-        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, turn: Turn
     ) -> list[Vector | DeltaserveError]: ...
 
     async def load(self, delta: DeltaRef) -> ProbeResult: ...

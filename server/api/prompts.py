@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from server.api.ports import Tokenizer
-from server.api.schemas import Message, SamplingFields
+from server.api.schemas import SamplingFields
 from server.api.services import Backbone
 from server.errors import ContextTooLong, InvalidRequest
 from server.types import EncodedText, SamplingParams, TextPiece
@@ -44,13 +44,12 @@ async def encode_pieces(
 
 
 async def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
 ) -> list[int]:
-    """The chat template's token ids for these messages."""
-    plain = [message.plain() for message in messages]
-    if sum(len(message["content"]) for message in plain) <= _INLINE_CHARS:
-        return tokenizer.render(plain, None, add_generation_prompt)
-    return await asyncio.to_thread(tokenizer.render, plain, None, add_generation_prompt)
+    """The chat template's token ids for these messages (``Message.plain``)."""
+    if sum(len(message["content"]) for message in messages) <= _INLINE_CHARS:
+        return tokenizer.render(messages, None, add_generation_prompt)
+    return await asyncio.to_thread(tokenizer.render, messages, None, add_generation_prompt)
 
 
 def check_ids(ids: Sequence[int], backbone: Backbone, param: str) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from server.types import CHAT_ROLES
+
 MAX_N = 128
 MAX_ROWS = 512  # of one request: n times its prompts
 MAX_STOPS = 16
@@ -32,7 +34,13 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class SamplingFields(Strict):
+class Prioritised(Strict):
+    """What may be asked for before others of the same tenant. ``priority`` is vLLM's: lower goes first, 0 by default."""
+
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+
+
+class SamplingFields(Prioritised):
     """How rows choose their tokens. ``None`` means the default everywhere, as OpenAI's clients send it."""
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -137,8 +145,7 @@ class Message(Strict):
 
     def plain(self) -> dict[str, Any]:
         """As the chat template takes it."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content or ""}
+        return {"role": CHAT_ROLES[self.role], "content": self.content or ""}
 
 
 class ResponseFormat(Strict):
@@ -211,7 +218,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class EncodingRequest(Strict):
+class EncodingRequest(Prioritised):
     """What embeddings and classification share. ``input`` is normalised to a list of texts or of token id lists.
 
     ``truncate_prompt_tokens`` (vLLM's) cuts longer inputs at their end; -1 means to the model's limit.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Discriminator, Field, Tag, field_validator, model_validator
 
-from server.api.schemas import MAX_INPUTS, SamplingFields, Strict
+from server.api.schemas import MAX_INPUTS, Prioritised, SamplingFields, Strict
 from server.types import TaskKind
 
 MAX_LABELS = 1024
@@ -94,7 +94,7 @@ class InferRequest(Strict):
     parameters: dict[str, Any] | None = None
 
 
-class CutParameters(Strict):
+class CutParameters(Prioritised):
     """Of every kind on an encoder. ``truncate_prompt_tokens`` as in ``/v1/embeddings``."""
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -114,7 +114,7 @@ class EmbedParameters(CutParameters):
     normalize: bool | None = None
 
 
-class LikelihoodParameters(Strict):
+class LikelihoodParameters(Prioritised):
     """Of ``score``, and of ``classify`` by likelihood: a choice's tokens' log-probabilities added up, or their mean."""
 
     normalize: Literal["sum", "mean"] | None = None

@@ -24,7 +24,7 @@ from server.store.tenants import TenantStore
 from server.tenants.auth import Authenticator
 from server.tuning.jobs import JobService
 from server.tuning.submit import Prepare
-from server.types import BackboneInfo
+from server.types import BackboneInfo, Principal, Turn
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,10 @@ class Services:
         if reason is not None:
             raise EngineRestarting(f"The engine is not ready: {reason}.", retry_after=2)
         return resident
+
+    async def turn(self, caller: Principal, priority: int | None) -> Turn:
+        """When a caller's rows have their turn, by its tenant's weight of this moment."""
+        return Turn(caller.tenant, await self.tenants.weight(caller.tenant), priority or 0)
 
     def spec(self) -> BackboneSpec:
         """The backbone's sites and sizes. Raises ``Unavailable`` until they are known."""

@@ -16,18 +16,19 @@ import msgspec
 from server.api import uploads
 from server.api.schemas_tuning import DeltaEntry, JobRequest
 from server.api.services import Backbone, Services
-from server.api.tasks.templates import Template
-from server.errors import InvalidRequest, ModelNotFound, Quarantined, Unavailable
+from server.engine.templates import Template
+from server.errors import DatasetInvalid, InvalidRequest, ModelNotFound, Quarantined, Unavailable
 from server.store.durable import make_folder
 from server.store.files import FileRecord
 from server.store.job_records import JobFields, JobRecord, Lease, StaleLease
 from server.store.jobs import new_id
 from server.store.reference import check_name
-from server.tuning import folders, jobs, submit
+from server.tuning import estimate, folders, jobs, submit
 from server.tuning.spec import EarlyStopping, InitFrom, JobSpec, MethodSpec, Task
 from server.tuning.submit import Choices, MethodChoice, PreparedData
 from server.types import DeltaRecord, Principal
 
+_REPORT = "bad_rows.jsonl"
 _PLAIN = (
     "learning_rate",
     "accumulation",
@@ -98,6 +99,9 @@ async def rehearse(services: Services, caller: Principal, body: JobRequest) -> d
     async with uploads.upload_folder(services) as folder:
         data = await _prepare(services, caller, plan, folder)
     spec = _spec(plan, data, "", caller.tenant)
+    trained = data.training.tokens * spec.epochs
+    info = plan.backbone.info
+    device: Literal["cpu", "cuda"] = "cpu" if info.device == "cpu" else "cuda"
     return {
         "object": "fine_tuning.job.dry_run",
         "model": plan.fields.model,
@@ -107,9 +111,10 @@ async def rehearse(services: Services, caller: Principal, body: JobRequest) -> d
         "validation_examples": 0 if data.validation is None else data.validation.examples,
         "tokens": data.training.tokens,
         "longest": data.training.longest,
-        "trained_tokens": data.training.tokens * spec.epochs,
+        "trained_tokens": trained,
+        "estimated_seconds": round(estimate.seconds(trained, info.parameters, device), 1),
         "steps": submit.steps(spec, data),
-        "warnings": msgspec.to_builtins([*data.warnings]),
+        "warnings": [warning._asdict() for warning in data.warnings],
     }
 
 
@@ -220,8 +225,14 @@ async def _prepare(services: Services, caller: Principal, plan: _Plan, folder: P
             positions=info.max_model_len,
         )
 
-    async with services.preparing:
-        return await asyncio.to_thread(work)
+    try:
+        async with services.preparing:
+            return await asyncio.to_thread(work)
+    except DatasetInvalid as error:
+        if error.report is not None:
+            kept = await services.files.add(caller.tenant, _REPORT, "fine-tune-results", error.report)
+            error.report_file = kept.id
+        raise
 
 
 def _spec(plan: _Plan, data: PreparedData, job: str, tenant: str) -> JobSpec:

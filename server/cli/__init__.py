@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import bench, delta, serve, tenant
+from server.cli import bench, delta, jobs, serve, tenant, tune
 
 app = typer.Typer(
     name="deltaserve",
@@ -18,7 +18,9 @@ app = typer.Typer(
 )
 app.command("serve", help="Run the server.")(serve.command)
 app.command("bench", help="Send requests to a running server and print what was measured.")(bench.command)
+app.command("tune", help="Train a delta on a file of examples.")(tune.command)
 app.add_typer(delta.app, name="delta")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(tenant.app, name="tenant")
 app.add_typer(tenant.keys, name="keys")
 

@@ -171,20 +171,21 @@ def _texts(dataset: Path | None) -> list[str]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table("", box=None)
+    table = Table("by", "", box=None)
     for column in (
         "requests",
         "failed",
         "req/s",
         "tokens",
         "tok/s",
-        "first token",
-        "inter-token",
-        "end to end",
+        "first token, ms",
+        "inter-token, ms",
+        "end to end, ms",
     ):
         table.add_column(column, justify="right")
     for group in report["groups"]:
         table.add_row(
+            group["by"] if group["by"] != group["name"] else "",
             group["name"],
             str(group["requests"]),
             str(group["failed"]),
@@ -196,7 +197,10 @@ def _print(report: dict[str, Any]) -> None:
             _milliseconds(group["latency"]),
         )
     console.print(table)
-    console.print("Latencies are p50 / p95 / p99 in milliseconds; rates are over the whole run.")
+    console.print(
+        "Times are p50 / p95 / p99: from sending to the first token, between tokens, from sending to the end; "
+        "req/s and tok/s (new tokens) are over the whole run."
+    )
     console.print(
         f"{report['started']} started = {report['succeeded']} succeeded + {report['failed']} failed + "
         f"{report['cancelled']} cancelled, in {report['seconds']:.2f} s"

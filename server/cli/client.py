@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,6 +23,8 @@ Key = Annotated[
         "--key", envvar="DELTASERVE_API_KEY", help="Your key (default: ./data/admin.key, if readable)."
     ),
 ]
+
+_SILENCE = 60.0  # seconds without an event, after which a stream counts as lost
 
 console = Console(width=None if sys.stdout.isatty() else 200)  # in a pipe, nothing is cut
 
@@ -73,21 +77,65 @@ class Client:
         """As ``call``, the body parsed."""
         return self.call(method, path, **arguments).json()
 
-    def pages(self, path: str) -> list[dict[str, Any]]:
-        """All items of a list, whose names page through it."""
+    def state(self, path: str) -> Any:
+        """As ``json`` of a GET, but raises httpx.TransportError where the server is away or cannot now."""
+        response = self._http.get(path)
+        _check(response)
+        return response.json()
+
+    def events(self, path: str, after: str | None = None) -> Iterator[dict[str, Any]]:
+        """The objects of a stream of events, from behind the one with the id ``after``.
+
+        An error of the server ends the command, unless it says that the server cannot now. Raises httpx.TransportError
+        for that, for a connection that is lost, and for a server that is silent for a minute.
+        """
+        headers = {"accept": "text/event-stream"} | ({} if after is None else {"last-event-id": after})
+        timeout = httpx.Timeout(30.0, read=_SILENCE)
+        with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+            if response.is_error:
+                response.read()
+            _check(response)
+            for line in response.iter_lines():
+                if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
+                    event: dict[str, Any] = json.loads(data)
+                    if "error" in event:
+                        raise httpx.NetworkError(str(event["error"].get("message")))
+                    yield event
+
+    def pages(self, path: str, key: str = "name") -> list[dict[str, Any]]:
+        """All items of a list, whose names, or another ``key``, page through it."""
         items: list[dict[str, Any]] = []
         more = True
         while more:
-            after = {"after": items[-1]["name"]} if items else {}
+            after = {"after": items[-1][key]} if items else {}
             page = self.json("GET", path, params={"limit": 100, **after})
             items += page["data"]
             more = page["has_more"] and bool(page["data"])
         return items
 
 
+def _check(response: httpx.Response) -> None:
+    """Raises httpx.NetworkError for an error that may pass; any other ends the command."""
+    if response.status_code >= 500:
+        raise httpx.NetworkError(_message(response))
+    if response.is_error:
+        fail(_message(response))
+
+
 def _message(response: httpx.Response) -> str:
     try:
         error = response.json()["error"]
-        return f"{error['message']} ({response.status_code} {error['code']})"
+        lines = [f"{error['message']} ({response.status_code} {error['code']})"]
+        lines += [_bad_row(row) for row in error.get("rows", [])]
+        if error.get("report_file"):
+            lines.append(f"  all of them: GET /v1/files/{error['report_file']}/content")
+        return "\n".join(lines)
     except (ValueError, KeyError, TypeError):
         return f"the server answered {response.status_code}"
+
+
+def _bad_row(row: dict[str, Any]) -> str:
+    """A row of a dataset that cannot be used (``server.types.BadRow``)."""
+    where = row["file"].replace("_", " ") + ("" if row["line"] is None else f", line {row['line']}")
+    field = "" if row["field"] is None else f", {row['field']}"
+    return f"  {where}{field}: {row['message']} ({row['code']})"

@@ -25,6 +25,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
 )
 
 from deltas.backbones import describe, families
@@ -32,7 +34,7 @@ from deltas.backbones.stored import as_stored
 from deltas.sites import BackboneSpec
 from deltas.weights import FrozenTensors
 from server.engine import gguf
-from server.engine.ragged import RaggedAttention
+from server.engine.ragged import SITE, RaggedAttention
 from server.errors import InvalidRequest
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
@@ -284,16 +286,14 @@ def prepare(located: Located, data_dir: Path, progress: Callable[[str], None]) -
 def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Backbone:
     """Loads the model, frozen and in evaluation mode, with attention left to the engine."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    spec = describe(config, fingerprint(Located(name, folder)))
+    whole = describe(config, fingerprint(Located(name, folder)))
     AttentionInterface.register(ATTENTION, attention)
-    whole = spec
-    spec = as_stored(spec, FrozenTensors(folder))
-    if spec.family == "t5" and dtype == torch.float16:
+    if whole.family == "t5" and dtype == torch.float16:
         raise BackboneError(
-            f"{name} would overflow in float16, which {spec.family} was not trained in: use bfloat16 or float32",
+            f"{name} would overflow in float16, which {whole.family} was not trained in: use bfloat16 or float32",
             param="dtype",
         )
-    model, loaded = _AUTO[spec.kind].from_pretrained(
+    model, loaded = _AUTO[whole.kind].from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,
@@ -301,10 +301,34 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
         use_safetensors=True,
         output_loading_info=True,
     )
-    headless = len(spec.sites) < len(whole.sites)
+    backbone = assemble(name, folder, config, model.to(device), device, dtype)
+    headless = len(backbone.spec.sites) < len(whole.sites)
     _refuse_missing(name, loaded["missing_keys"], whole.base_prefix if headless else "")
-    model.to(device).eval().requires_grad_(False)
-    counted = model.base_model if headless else model
+    return backbone
+
+
+def empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration, its weights whatever they are; attention is left to the engine."""
+    AttentionInterface.register(ATTENTION, attention)
+    kind = describe(config, "").kind
+    model: PreTrainedModel = _AUTO[kind].from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    return model
+
+
+def assemble(
+    name: str,
+    folder: Path,
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Backbone:
+    """The backbone around a model that has its weights: frozen, in evaluation mode."""
+    whole = describe(config, fingerprint(Located(name, folder)))
+    spec = as_stored(whole, FrozenTensors(folder))
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    counted = model.base_model if len(spec.sites) < len(whole.sites) else model
     parameters = sum(p.numel() for p in counted.parameters())
     softcap = getattr(config, "final_logit_softcapping", None)
     # a T5 whose head is its token embedding
@@ -341,4 +365,5 @@ def attention(
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     if isinstance(step, RaggedAttention):
         return step(module, q, k, v, scaling, window)[None], None
-    return step(module.layer_idx, q, k, v, scaling, window, softcap)[None], None
+    where = module if hasattr(module, SITE) else module.layer_idx
+    return step(where, q, k, v, scaling, window, softcap)[None], None

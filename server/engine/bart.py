@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from server.engine.cross import CrossAttention
-from server.engine.kv import Attention
-from server.engine.ragged import RaggedAttention
+from server.engine.packed import Attend, AttendBothWays, Cross
 
 
 class BartStacks:
@@ -31,7 +29,7 @@ class BartStacks:
         embedded: Tensor = self._encoder.embed_tokens(ids)
         return embedded
 
-    def encode(self, embedded: Tensor, positions: Tensor, attention: RaggedAttention) -> Tensor:
+    def encode(self, embedded: Tensor, positions: Tensor, attention: AttendBothWays) -> Tensor:
         """The encoder's last hidden states ``[tokens, hidden]``."""
         hidden = _placed(self._encoder, embedded, positions)
         for layer in self._encoder.layers:
@@ -49,9 +47,7 @@ class BartStacks:
         k, v = _heads(encoded, module, module.k_proj, module.v_proj)
         return k, v
 
-    def decode(
-        self, ids: Tensor, positions: Tensor, attention: Sequence[Attention], cross: CrossAttention
-    ) -> Tensor:
+    def decode(self, ids: Tensor, positions: Tensor, attention: Sequence[Attend], cross: Cross) -> Tensor:
         """The decoder's last hidden states ``[tokens, hidden]``; ``attention`` by layer."""
         hidden = _placed(self._decoder, self._decoder.embed_tokens(ids), positions)
         for index, layer in enumerate(self._decoder.layers):

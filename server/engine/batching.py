@@ -6,8 +6,9 @@ waiting rows in the fair order of ``waiting.py`` until its token budget is full.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.scheduler import IntegrityError
@@ -20,8 +21,8 @@ from server.types import DeltaRef, EncoderInput, Want
 class EncodeJob:
     """One row to encode, with its delta, and what it shall become.
 
-    ``virtual`` counts the tokens that the delta adds to it; known when the row is taken. ``arrived`` is of the
-    monotonic clock.
+    ``arrived`` is of the monotonic clock. ``weight`` is its tenant's share; of a tenant's rows the lowest ``priority``
+    goes first. ``virtual`` counts the tokens that the delta adds to it; known when the row is taken.
     """
 
     id: int
@@ -30,6 +31,8 @@ class EncodeJob:
     delta: DeltaRef | None
     want: Want
     arrived: float
+    weight: float = 1.0
+    priority: int = 0
     virtual: int = 0
 
     @property
@@ -50,7 +53,7 @@ class Batcher:
     """Owns the waiting rows. Not thread-safe.
 
     A step has at most ``max_rows`` rows and ``step_tokens`` tokens, except that a longer row goes alone; at most
-    ``max_waiting`` rows wait. ``weights`` are tenants' shares (1.0 where absent).
+    ``max_waiting`` rows wait, each at most ``queue_timeout`` seconds.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class Batcher:
         max_rows: int,
         step_tokens: int,
         max_waiting: int,
-        weights: Mapping[str, float] | None = None,
+        queue_timeout: float = float("inf"),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if min(max_rows, step_tokens, max_waiting) < 1:
             raise ValueError("every size of the batcher must be at least 1")
@@ -67,7 +71,7 @@ class Batcher:
         self.step_tokens = step_tokens
         self.max_waiting = max_waiting
         self._known: dict[int, EncodeJob] = {}
-        self._queue: FairQueue[EncodeJob] = FairQueue(weights)
+        self._queue: FairQueue[EncodeJob] = FairQueue(queue_timeout, clock)
 
     def __len__(self) -> int:
         """The rows that wait."""
@@ -96,6 +100,17 @@ class Batcher:
             self.cancel(job.id)
         return failed
 
+    def expire(self) -> list[EncodeJob]:
+        """Take out the rows that have waited too long; the caller answers them."""
+        expired = self._queue.expired()
+        for job in expired:
+            self.cancel(job.id)
+        return expired
+
+    def next_expiry(self) -> float | None:
+        """In how many seconds :meth:`expire` may have something to do; None: never as things are."""
+        return self._queue.next_expiry()
+
     def next(self, ready: Ready) -> list[EncodeJob]:
         """The rows of the next step, those of one delta adjacent; they do not wait any more.
 
@@ -112,6 +127,7 @@ class Batcher:
                 return None
             virtual = ready(job)
             if virtual is None:
+                self._queue.favour(job)
                 return False
             job.virtual = virtual
             if taken and job.uncomputed > left:

@@ -35,7 +35,10 @@ def encoder_engine(config: EngineConfig, backbone: Backbone, send: Callable[[Rep
         info=info,
         runner=EncoderRunner(backbone, mode=cast("Mode | None", config.ops_mode)),
         batcher=Batcher(
-            max_rows=config.max_rows, step_tokens=config.prefill_tokens, max_waiting=config.max_waiting
+            max_rows=config.max_rows,
+            step_tokens=config.prefill_tokens,
+            max_waiting=config.max_waiting,
+            queue_timeout=config.queue_timeout,
         ),
         embedder=embedder,
         send=send,

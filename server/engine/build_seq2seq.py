@@ -66,6 +66,7 @@ def seq2seq_engine(
             kv_tokens=min(kv_tokens, 2 * rows * capacity),
             prefill_tokens=config.prefill_tokens,
             max_waiting=config.max_waiting,
+            queue_timeout=config.queue_timeout,
         ),
         send=send,
         delta_bytes=config.delta_bytes,

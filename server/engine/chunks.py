@@ -10,12 +10,16 @@ from server.engine.sequence import Sequence as Row
 def chunks(rows: Sequence[Row], budget: int, served: Callable[[str], float]) -> dict[int, int]:
     """How many tokens of each prefilling row to compute, by row id; together at most ``budget``.
 
-    Half of the budget goes by fairness (tenant's counter, then order of admission), which alone guarantees that every
-    row gets on; the rest goes to the rows with the least left, so that a short prompt need not wait for a long one. A
-    source that an encoder reads is not divided: one that is longer than the budget goes alone.
+    Half of the budget goes by fairness (tenant's counter; a tenant's rows by priority, then order of admission), which
+    alone guarantees that every tenant gets on; the rest goes to the rows with the least left, so that a short prompt
+    need not wait for a long one. A source that an encoder reads is not divided: one that is longer than the budget goes
+    alone.
     """
     counts: dict[int, int] = {}
-    fair = sorted(rows, key=lambda seq: served(seq.tenant))
+    turn: dict[str, int] = {}  # of tenants that were served alike
+    for n, seq in enumerate(rows):
+        turn.setdefault(seq.tenant, n)
+    fair = sorted(rows, key=lambda seq: (served(seq.tenant), turn[seq.tenant], seq.priority))
     left = _share((seq for seq in fair if not seq.unread), (budget + 1) // 2, counts)
     left = _begin((seq for seq in fair if seq.unread), left + budget // 2, counts)
     short = sorted(

@@ -9,9 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import socket
-import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
@@ -40,8 +37,8 @@ from server.engine.messages import (
     Submit,
     Where,
 )
-from server.engine.process import EngineConfig, python_path
-from server.engine.wire import ApiSide
+from server.engine.process import EngineConfig
+from server.engine.wire import ParentSide, start_child
 from server.errors import (
     Conflict,
     ContextTooLong,
@@ -51,6 +48,7 @@ from server.errors import (
     InvalidComposition,
     InvalidRequest,
     Quarantined,
+    QueueTimeout,
     RowFailed,
     Unavailable,
     UnsupportedTask,
@@ -66,6 +64,7 @@ from server.types import (
     SamplingParams,
     Tier,
     TokenEvent,
+    Turn,
     Vector,
     Want,
 )
@@ -81,6 +80,7 @@ ERRORS: dict[str, type[DeltaserveError]] = {
         InvalidComposition,
         InvalidRequest,
         Quarantined,
+        QueueTimeout,
         RowFailed,
         Unavailable,
         UnsupportedTask,
@@ -95,9 +95,15 @@ _Answer = TypeVar("_Answer", ProbeResult, Residence)
 
 
 class EngineClient:
-    """One engine process and the requests that run on it."""
+    """One engine process and the requests that run on it.
 
-    def __init__(self, settings: Settings, *, ops_mode: str | None = None) -> None:
+    ``weights`` is a descriptor of memory that it puts the backbone's weights into (``shared.py``).
+    """
+
+    def __init__(
+        self, settings: Settings, *, ops_mode: str | None = None, weights: int | None = None
+    ) -> None:
+        self.weights = weights
         self._config = EngineConfig(
             ops_mode=ops_mode,
             data_dir=str(settings.data_dir),
@@ -109,7 +115,7 @@ class EngineClient:
         )
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Queue[_Event]] = {}
-        self._side: ApiSide | None = None
+        self._side: ParentSide[Reply, Request] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
@@ -156,7 +162,7 @@ class EngineClient:
         prompt: list[int],
         sampling: SamplingParams,
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]:
         """Runs one row. Closing the generator frees it; every other end is a finish reason or an exception.
@@ -164,7 +170,11 @@ class EngineClient:
         ``source`` is what an encoder-decoder's encoder reads.
         """
         async with self._conversation() as (request_id, side, events):
-            side.send(Submit(request_id, tenant, prompt, delta, sampling, list(source)))
+            side.send(
+                Submit(
+                    request_id, turn.tenant, prompt, delta, sampling, list(source), turn.weight, turn.priority
+                )
+            )
             ended = False
             try:
                 while not ended:
@@ -185,7 +195,7 @@ class EngineClient:
         prompt: list[int],
         choices: Sequence[list[int]],
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> list[list[float]]:
         """The log-probability of every token of each choice behind ``prompt``. Raises the first error."""
@@ -194,7 +204,7 @@ class EngineClient:
         async def one(choice: list[int]) -> list[float]:
             found: list[float] = []
             rows = self.generate(
-                prompt=[*prompt, *choice], sampling=sampling, delta=delta, tenant=tenant, source=source
+                prompt=[*prompt, *choice], sampling=sampling, delta=delta, turn=turn, source=source
             )
             async with contextlib.aclosing(rows) as events:
                 async for event in events:
@@ -210,7 +220,7 @@ class EngineClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def encode(
-        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, turn: Turn
     ) -> list[Vector | DeltaserveError]:
         """Puts rows through an encoder: what each became, or its own error, in order.
 
@@ -222,7 +232,7 @@ class EngineClient:
                 return []
             side = opened[0][1]
             numbered = [(found[0], row) for found, row in zip(opened, rows, strict=True)]
-            side.send(Encode(tenant, numbered, delta, want))
+            side.send(Encode(turn.tenant, numbered, delta, want, turn.weight, turn.priority))
             found: list[Vector | DeltaserveError] = []
             try:
                 for _, _, events in opened:
@@ -271,7 +281,9 @@ class EngineClient:
             return event
 
     @contextlib.asynccontextmanager
-    async def _conversation(self) -> AsyncGenerator[tuple[int, ApiSide, asyncio.Queue[_Event]], None]:
+    async def _conversation(
+        self,
+    ) -> AsyncGenerator[tuple[int, ParentSide[Reply, Request], asyncio.Queue[_Event]], None]:
         side = self._side
         if side is None or self.not_ready is not None:
             raise EngineRestarting(self._reason)
@@ -306,24 +318,14 @@ class EngineClient:
 
     async def _run_once(self) -> bool:
         """Starts a process and serves its messages until it is gone. Was it ever ready?"""
-        ours, theirs = socket.socketpair()
         self._reason = "the engine is starting"
-        try:
-            environment = os.environ | {"PYTHONPATH": python_path()}
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # the folder we were started in is not a place to import from
-                "-m",
-                "server.engine.process",
-                str(theirs.fileno()),
-                msgspec.json.encode(self._config).decode(),
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-        finally:
-            theirs.close()
-        side = ApiSide(*await asyncio.open_unix_connection(sock=ours))
+        shared = [] if self.weights is None else [self.weights]
+        self._process, side = await start_child(
+            "server.engine.process",
+            [msgspec.json.encode(self._config).decode(), *map(str, shared)],
+            Reply,
+            shared,
+        )
         try:
             while (reply := await side.receive()) is not None:
                 if isinstance(reply, Ready):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltas.ops.native import Kernels
-from server.engine.kv import SlotKV, decode, singles_and_chunks
+from deltas.ops.rows import RowKernels
+from server.engine.kv import SlotKV, singles_and_chunks
+from server.engine.plain_attention import decode
 
 
 class CrossAttention:
@@ -18,7 +19,7 @@ class CrossAttention:
     def __init__(
         self,
         kv: SlotKV,
-        kernels: Kernels | None,
+        kernels: RowKernels | None,
         slots: Sequence[int],
         counts: Sequence[int],
         lengths: Sequence[Sequence[int]],

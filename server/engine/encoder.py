@@ -34,6 +34,9 @@ _HEADS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "roberta": lambda model, hidden: model.lm_head(hidden),
 }
 
+Attention = Callable[[Rows[int], Rows[PackedDelta | None]], Any]
+"""Makes a pass's attention, for rows of these lengths and deltas."""
+
 
 @dataclass(frozen=True)
 class EncoderRow:
@@ -100,6 +103,14 @@ class EncoderRunner:
 
         Rows of one delta should be adjacent: they then share one segment.
         """
+        hidden, lengths = self.forward(rows, self._attention, see)
+        return list(torch.split(hidden, lengths))
+
+    def forward(
+        self, rows: Rows[EncoderRow], attention: Attention, see: See = as_it_is
+    ) -> tuple[Tensor, list[int]]:
+        """The packed last hidden states ``[tokens, hidden]`` and how many are each row's, by this attention; gradients
+        flow through them if the ops are for training."""
         device = self.backbone.device
         deltas = [row.delta for row in rows]
         own = [len(row.ids) for row in rows]
@@ -113,13 +124,16 @@ class EncoderRunner:
             hidden: Tensor = self._base(
                 inputs_embeds=embedded[None],
                 position_ids=self._positions(rows)[None].to(device),
-                deltaserve_attention=RaggedAttention(lengths, deltas, device, kernels=self.ops.kernels),
+                deltaserve_attention=attention(lengths, deltas),
                 **types,
             ).last_hidden_state[0]
         finally:
             self.hooks.plan = self._body = None
             self._prompts = []
-        return list(torch.split(hidden, lengths))
+        return hidden, lengths
+
+    def _attention(self, lengths: Rows[int], deltas: Rows[PackedDelta | None]) -> RaggedAttention:
+        return RaggedAttention(lengths, deltas, self.backbone.device, kernels=self.ops.kernels)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, delta: PackedDelta | None, see: See = as_it_is) -> Tensor | None:

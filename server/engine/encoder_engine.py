@@ -25,7 +25,14 @@ from server.engine.loop import StepLoop
 from server.engine.messages import Encode, Encoded, Failed, Reply, Submit
 from server.engine.pooling import Embedder
 from server.engine.runner import LONGEST_PROMPT
-from server.errors import ContextTooLong, DeltaserveError, InvalidRequest, RowFailed, UnsupportedTask
+from server.errors import (
+    ContextTooLong,
+    DeltaserveError,
+    InvalidRequest,
+    QueueTimeout,
+    RowFailed,
+    UnsupportedTask,
+)
 from server.types import BackboneInfo, EngineStats, Vector
 
 
@@ -85,7 +92,11 @@ class EncoderEngine(StepLoop):
         for row_id, row in request.rows:
             try:
                 self._check_quarantine(ref)
-                self.batcher.add(EncodeJob(row_id, request.tenant, row, ref, request.want, now))
+                self.batcher.add(
+                    EncodeJob(
+                        row_id, request.tenant, row, ref, request.want, now, request.weight, request.priority
+                    )
+                )
             except DeltaserveError as error:
                 self._send(Failed(row_id, error.code, error.message))
         if ref is not None and not self._quarantine.refuses(ref):
@@ -182,6 +193,11 @@ class EncoderEngine(StepLoop):
         if EncoderRow([], delta).shift >= self._positions:
             raise InvalidDelta(f"its virtual tokens take all of the backbone's {self._positions} positions")
         return delta
+
+    def _expire(self) -> float | None:
+        for job in self.batcher.expire():
+            self._send(Failed(job.id, QueueTimeout.code, self._too_long(job.arrived)))
+        return self.batcher.next_expiry()
 
     def _fail_waiting(self, digest: str, code: str, message: str) -> None:
         for job in self.batcher.fail_waiting(digest):

@@ -16,12 +16,13 @@ from deltas.bank import PackedDelta
 from server.engine.logprobs import prompt_logprobs
 from server.engine.loop import StepLoop
 from server.engine.messages import Encode, Failed, Reply, Step, Submit
+from server.engine.plan import Plan, PlannedRow
 from server.engine.probe import AnyProbe
 from server.engine.runner import StepOutput, StepRunner, unscored
 from server.engine.sampler import RowSampler, sample
-from server.engine.scheduler import Plan, PlannedRow, Scheduler
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
-from server.errors import DeltaserveError, RowFailed, UnsupportedTask
+from server.errors import DeltaserveError, QueueTimeout, RowFailed, UnsupportedTask
 from server.types import BackboneInfo, EngineStats, FinishReason, TokenEvent, TokenLogprob
 
 
@@ -99,6 +100,8 @@ class Engine(StepLoop):
             source=request.source,
             sampling=request.sampling,
             delta=request.delta,
+            weight=request.weight,
+            priority=request.priority,
             arrived=time.monotonic(),
         )
         eos = self.info.eos_token_ids
@@ -232,6 +235,11 @@ class Engine(StepLoop):
         if row.delta is not None:
             self.residency.release(seq.digest)
         row.slot = row.delta = None
+
+    def _expire(self) -> float | None:
+        for seq in self.scheduler.expire():
+            self._fail(seq, QueueTimeout.code, self._too_long(seq.arrived))
+        return self.scheduler.next_expiry()
 
     def _fail_waiting(self, digest: str, code: str, message: str) -> None:
         for seq in self.scheduler.fail_waiting(digest):

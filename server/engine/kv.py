@@ -8,16 +8,81 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from deltas.ops.native import Kernels
+from deltas.ops.rows import RowKernels
 from deltas.sites import BackboneSpec
+from server.engine.plain_attention import chunk, decode
 
 RETURN_PAGES_ABOVE = 1024  # tokens: below this, keeping the pages costs less than faulting them in again
+
+
+class KV(Protocol):
+    """Where rows keep keys and values: slot by slot, ``capacity`` tokens in each at most.
+
+    A pass says first what it will write (:meth:`note`, for every row, then :meth:`commit`), then writes and reads layer
+    by layer.
+    """
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def put_prefix(self, slot: int, prefix: Tensor) -> None:
+        """A delta's keys and values ``[layers, 2, kv_heads, n, head_dim]`` are the first of a slot."""
+        ...
+
+    def read_prefix(self, slot: int, length: int) -> Tensor:
+        """A copy of the first ``length`` tokens of a slot, ``[layers, 2, kv_heads, length, head_dim]``."""
+        ...
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """The first ``length`` tokens of another slot."""
+        ...
+
+    def note(self, slot: int, start: int, end: int) -> None:
+        """Tokens ``start .. end`` of a slot are about to be written; what it held from ``end`` on is lost."""
+        ...
+
+    def commit(self) -> None:
+        """There is memory for what was noted."""
+        ...
+
+    def empty(self, slot: int) -> None:
+        """Gives the slot's memory back, if it is much; what was written there is lost."""
+        ...
+
+    def write(
+        self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, kernels: RowKernels | None
+    ) -> None:
+        """Puts tokens' ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` at ``slots``, ``positions``, int64 ``[tokens]``."""
+        ...
+
+    def row(self, layer: int, slot: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """A slot's keys and values of the tokens ``first .. end``, ``[kv_heads, end - first, head_dim]``."""
+        ...
+
+    def decode(
+        self,
+        layer: int,
+        q: Tensor,
+        slots: Tensor,
+        firsts: Tensor | None,
+        lengths: Tensor,
+        scale: float,
+        out: Tensor,
+        kernels: RowKernels | None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Attention of one token a row to its slot; :func:`server.engine.plain_attention.decode` has the shapes."""
+        ...
 
 
 class SlotKV:
@@ -42,35 +107,60 @@ class SlotKV:
         self.keys = [self.data[:, layer, 0] for layer in range(spec.layers)]
         self.values = [self.data[:, layer, 1] for layer in range(spec.layers)]
 
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
     def put_prefix(self, slot: int, prefix: Tensor) -> None:
-        """Copies a delta's keys and values ``[layers, 2, kv_heads, n, head_dim]`` to the start of a slot."""
         self.data[slot, :, :, :, : prefix.shape[3]].copy_(prefix)
 
     def write(
-        self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, kernels: Kernels | None
+        self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, kernels: RowKernels | None
     ) -> None:
-        """Puts tokens' ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` at ``slots``, ``positions``, int64 ``[tokens]``."""
         if kernels is not None:
             kernels.kv_write(k, v, self.keys[layer], self.values[layer], slots, positions)
             return
         self.keys[layer][slots, :, positions] = k
         self.values[layer][slots, :, positions] = v
 
+    def row(self, layer: int, slot: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        return self.keys[layer][slot][:, first:end], self.values[layer][slot][:, first:end]
+
+    def decode(
+        self,
+        layer: int,
+        q: Tensor,
+        slots: Tensor,
+        firsts: Tensor | None,
+        lengths: Tensor,
+        scale: float,
+        out: Tensor,
+        kernels: RowKernels | None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        keys, values = self.keys[layer], self.values[layer]
+        if kernels is None:
+            out.copy_(decode(q, keys, values, slots, firsts, lengths, scale, softcap, bias))
+            return
+        added = None if bias is None else bias.transpose(0, 1)
+        kernels.decode_attention(q, keys, values, slots, lengths, scale, out, firsts, softcap, added)
+
     def read_prefix(self, slot: int, length: int) -> Tensor:
-        """A copy of the first ``length`` tokens of a slot, ``[layers, 2, kv_heads, length, head_dim]``."""
         return self.data[slot, :, :, :, :length].clone()
 
     def copy(self, source: int, slot: int, length: int) -> None:
-        """The first ``length`` tokens of another slot."""
-        self.note(slot, length)
+        self.note(slot, 0, length)
         self.data[slot, :, :, :, :length] = self.data[source, :, :, :, :length]
 
-    def note(self, slot: int, length: int) -> None:
-        """The first ``length`` tokens of a slot are being written."""
-        self._written[slot] = max(self._written[slot], length)
+    def note(self, slot: int, start: int, end: int) -> None:
+        del start
+        self._written[slot] = max(self._written[slot], end)
+
+    def commit(self) -> None:
+        """Slots have their memory."""
 
     def empty(self, slot: int) -> None:
-        """Gives the slot's memory back, if it is much; what was written there is lost."""
         if self._map is not None and self._written[slot] > RETURN_PAGES_ABOVE:
             self._map.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
             self._written[slot] = 0
@@ -98,8 +188,8 @@ class Attention:
 
     def __init__(
         self,
-        kv: SlotKV,
-        kernels: Kernels | None,
+        kv: KV,
+        kernels: RowKernels | None,
         slots: list[int],
         starts: list[int],
         counts: list[int],
@@ -109,18 +199,39 @@ class Attention:
         self.kernels = kernels
         self._bias = bias
         self._added: dict[int, Tensor] = {}  # by first token
-        device = kv.data.device
         self.rows = list(zip(slots, starts, counts, strict=True))
         for slot, start, count in self.rows:
-            kv.note(slot, start + count)
-        self.token_slots = torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=device)
-        self.token_positions = torch.tensor(
-            [p for _, b, c in self.rows for p in range(b, b + c)], device=device
-        )
-        self.token_lengths = self.token_positions + 1
+            kv.note(slot, start, start + count)
+        kv.commit()
         self._longest = max((start + count for _, start, count in self.rows), default=0)
         self._windows: dict[int, tuple[Tensor, Tensor]] = {}
         self.singles, self.chunks = singles_and_chunks(counts)
+
+    @cached_property
+    def token_slots(self) -> Tensor:
+        return torch.tensor([s for s, _, c in self.rows for _ in range(c)], device=self.kv.device)
+
+    @cached_property
+    def token_positions(self) -> Tensor:
+        """The tokens' places in their slots."""
+        places = [p for _, b, c in self.rows for p in range(b, b + c)]
+        return torch.tensor(places, device=self.kv.device)
+
+    @cached_property
+    def token_lengths(self) -> Tensor:
+        """How many keys each token sees where there is no window."""
+        return self.token_positions + 1
+
+    @classmethod
+    def decoding(cls, kv: KV, kernels: RowKernels | None, slots: Tensor, positions: Tensor) -> Attention:
+        """One token a row at ``positions`` of ``slots``, int64 ``[rows]`` on the device; the caller has noted them.
+
+        Nothing of it depends on what the tensors say, so a CUDA graph may hold the pass.
+        """
+        step = cls(kv, kernels, [], [], [])
+        step.token_slots, step.token_positions = slots, positions
+        step.singles, step._longest = [(0, len(slots))], kv.capacity
+        return step
 
     def __call__(
         self,
@@ -139,7 +250,6 @@ class Attention:
         """
         if self._bias is not None and (window is not None or softcap is not None):
             raise ValueError("a bias goes with neither a window nor capped scores")
-        keys, values = self.kv.keys[layer], self.kv.values[layer]
         self.kv.write(layer, k, v, self.token_slots, self.token_positions, self.kernels)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         first_keys, visible = self._seen(window)
@@ -148,18 +258,16 @@ class Attention:
             slots, lengths = self.token_slots[part], visible[part]
             firsts = None if first_keys is None else first_keys[part]
             bias = self._bias_of(part, self._longest)
-            if self.kernels is not None:
-                added = None if bias is None else bias.transpose(0, 1)
-                self.kernels.decode_attention(
-                    q[part], keys, values, slots, lengths, scale, out[part], firsts, softcap, added
-                )
-            else:
-                out[part] = decode(q[part], keys, values, slots, firsts, lengths, scale, softcap, bias)
+            self.kv.decode(
+                layer, q[part], slots, firsts, lengths, scale, out[part], self.kernels, softcap, bias
+            )
         for i, first in self.chunks:
             slot, start, count = self.rows[i]
             part = slice(first, first + count)
             bias = self._bias_of(part, start + count)
-            out[part] = _chunk(q[part], keys[slot], values[slot], start, count, scale, window, softcap, bias)
+            begin = 0 if window is None else max(0, start + 1 - window)
+            keys, values = self.kv.row(layer, slot, begin, start + count)
+            out[part] = chunk(q[part], keys, values, start, count, scale, window, softcap, bias)
         return out
 
     def _bias_of(self, part: slice, keys: int) -> Tensor | None:
@@ -198,87 +306,3 @@ def singles_and_chunks(counts: Sequence[int]) -> tuple[list[tuple[int, int]], li
             singles.append((token, 1))
         token += count
     return singles, chunks
-
-
-def _chunk(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    start: int,
-    count: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Causal attention of ``count`` tokens of one row that follow ``start`` cached ones."""
-    end = start + count
-    first = 0 if window is None else max(0, start + 1 - window)
-    keys, values = keys[:, first:end], values[:, first:end]
-    masked = start > 0 or softcap is not None or bias is not None or (window is not None and window < end)
-    mask = None
-    if masked:
-        mask = torch.ones(count, end - first, dtype=torch.bool, device=q.device).tril(start - first)
-        if window is not None:
-            mask = mask.triu(start - first + 1 - window)
-    if softcap is not None and mask is not None:
-        return _softened(q, keys, values, mask, scale, softcap)
-    if bias is not None and mask is not None:
-        mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)
-    attended = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        keys[None],
-        values[None],
-        attn_mask=mask if mask is None or mask.dim() == 2 else mask[None],
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != keys.shape[0],
-    )
-    return attended[0].transpose(0, 1)
-
-
-def _softened(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
-    """Attention whose scores are capped, which torch's own attention cannot do."""
-    tokens, heads, width = q.shape
-    grouped = q.transpose(0, 1).reshape(keys.shape[0], -1, tokens, width)
-    scores = torch.matmul(grouped, keys[:, None].transpose(2, 3)).float() * scale
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
-    attended = torch.matmul(scores.softmax(-1).to(q.dtype), values[:, None])
-    return attended.reshape(heads, tokens, width).transpose(0, 1)
-
-
-def decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    firsts: Tensor | None,
-    lengths: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """One token a row against its slot, in plain torch: gathered to the longest row and masked.
-
-    ``bias`` ``[heads, rows, keys]`` is added to the scores.
-    """
-    rows, heads, width = q.shape
-    kv_heads = keys.shape[1]
-    ends = lengths if firsts is None else firsts + lengths
-    longest = int(ends.max())
-    k = keys[slots, :, :longest]
-    v = values[slots, :, :longest]
-    grouped = q.reshape(rows, kv_heads, heads // kv_heads, width)
-    scores = torch.matmul(grouped, k.transpose(2, 3)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores += bias[:, :, :longest].transpose(0, 1).reshape(rows, kv_heads, -1, longest)
-    at = torch.arange(longest, device=q.device)
-    hidden = at >= ends[:, None]
-    if firsts is not None:
-        hidden |= at < firsts[:, None]
-    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).to(q.dtype)
-    # a released slot may hold anything beyond the row's end; 0 * NaN would let it through
-    v = v.masked_fill(hidden[:, None, :, None], 0)
-    return torch.matmul(weights, v).reshape(rows, heads, width)

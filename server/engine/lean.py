@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltas.hooks import GroupHook, group_hook
-from deltas.ops.native import Kernels
+from deltas.ops.rows import RowKernels
 from server.engine.backbone import Backbone
 from server.engine.kv import Attention
 
@@ -42,14 +42,14 @@ class _Layer:
 class LeanDecoder:
     """The body of one backbone whose modules are hooked; ``kernels`` are its ops'."""
 
-    def __init__(self, backbone: Backbone, kernels: Kernels) -> None:
+    def __init__(self, backbone: Backbone, kernels: RowKernels) -> None:
         spec, self._body = backbone.spec, backbone.model.base_model
         self._kernels = kernels
         self._heads, self._kv_heads, self._width = spec.heads, spec.kv_heads, spec.head_dim
         self._layers: Sequence[_Layer] = [_layer(layer) for layer in self._body.layers]
 
     @staticmethod
-    def of(backbone: Backbone, kernels: Kernels | None) -> LeanDecoder | None:
+    def of(backbone: Backbone, kernels: RowKernels | None) -> LeanDecoder | None:
         """None where Hugging Face's own forward pass has to do: another family or activation, or no kernels."""
         config = backbone.model.config
         if kernels is None or backbone.spec.family not in FAMILIES or config.hidden_act != "silu":

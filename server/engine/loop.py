@@ -77,6 +77,7 @@ class StepLoop(ABC):
         self._loads: dict[str, list[Load]] = {}  # by digest: who waits for it
         self._places: list[Place] = []
         self._idle = False
+        self._next_expiry: float | None = None
         self._steps = 0
         self._reported = 0.0
         self._batch_rows: list[int] = []
@@ -111,6 +112,10 @@ class StepLoop(ABC):
         """Runs what can run. False: there was nothing."""
 
     @abstractmethod
+    def _expire(self) -> float | None:
+        """Answers the rows that have waited too long to begin; in how many seconds it may be needed next, if ever."""
+
+    @abstractmethod
     def _fail_waiting(self, digest: str, code: str, message: str) -> None:
         """Answers the rows that wait for a delta that cannot be loaded."""
 
@@ -133,6 +138,7 @@ class StepLoop(ABC):
         while self._take_in():
             for failure in self.residency.collect():
                 self._fail_load(failure)
+            self._next_expiry = self._expire()
             answered = self._answer_places() or self._answer_loads()
             stepped = self._step()
             # else nothing changes until something arrives; a delta just tried could not make room for another
@@ -147,7 +153,7 @@ class StepLoop(ABC):
             self._check_integrity()
         while True:
             try:
-                request = self._inbox.get(block=block)
+                request = self._inbox.get(block=block, timeout=self._next_expiry)
             except queue.Empty:
                 return True
             if request is None:
@@ -190,6 +196,10 @@ class StepLoop(ABC):
             return message
         self._quarantine.add(delta, f"a row that it served became NaN or infinite in {self.info.dtype}")
         return f"{message}; its {'sum of deltas' if delta.parts else 'delta'} is quarantined"
+
+    def _too_long(self, arrived: float) -> str:
+        waited = time.monotonic() - arrived
+        return f"the request waited {waited:.1f} s for a place in the batch (--queue-timeout-seconds); try again later"
 
     def _fail_load(self, failure: LoadFailure) -> None:
         log.warning("delta load failed", digest=failure.digest, reason=failure.message)
@@ -246,8 +256,8 @@ class StepLoop(ABC):
         elif place.tier == "host":
             tiers.to_host(digest)
         elif (delta := tiers.resident(place.delta)) is None:
-            if tiers.where(digest).tier == "disk":
-                return None  # refused; why comes with the failures of the next step
+            if tiers.where(digest).tier == "disk" or tiers.arriving(digest):
+                return None  # refused, why comes with the failures of the next step; or on its way
             return Failed(place.id, Conflict.code, tiers.no_room(digest))
         elif (result := self._try(digest, delta)).outcome in ("not_finite", "failed"):
             return Failed(place.id, DeltaRefused.code, f"the delta cannot be served: {result.message}")

@@ -29,7 +29,8 @@ from server.types import (
 class Submit(msgspec.Struct, tag="submit", frozen=True):
     """A row to run. ``id`` is the client's, unique while it lives.
 
-    ``source`` is what an encoder-decoder's encoder reads; ``prompt`` then is how its decoder begins.
+    ``source`` is what an encoder-decoder's encoder reads; ``prompt`` then is how its decoder begins. ``weight`` is the
+    tenant's share from now on, ``priority`` the row's among its tenant's (lower goes first).
     """
 
     id: int
@@ -38,15 +39,19 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     delta: DeltaRef | None
     sampling: SamplingParams
     source: list[int] = []
+    weight: float = 1.0
+    priority: int = 0
 
 
 class Encode(msgspec.Struct, tag="encode", frozen=True):
-    """Rows for an encoder, by id, and what they shall become."""
+    """Rows for an encoder, by id, and what they shall become. ``weight`` and ``priority`` as in ``Submit``."""
 
     tenant: str
     rows: list[tuple[int, EncoderInput]]
     delta: DeltaRef | None
     want: Want
+    weight: float = 1.0
+    priority: int = 0
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,26 @@ from torch import Tensor
 from deltas.bank import PackedDelta
 from deltas.batch import Plan, Segment
 from deltas.ops import Ops
+
+
+class Attend(Protocol):
+    """A pass's self-attention. ``where`` is a layer's number or its module; ``q``, ``k``, ``v`` ``[tokens, heads,
+    head_dim]`` -> as ``q``."""
+
+    def __call__(self, where: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, /) -> Tensor: ...
+
+
+class AttendBothWays(Attend, Protocol):
+    """An encoder's; ``entered`` is what the layer's attention was given."""
+
+    entered: Tensor | None
+
+
+class Cross(Protocol):
+    """A pass's cross-attention at a layer: ``q`` ``[tokens, heads, head_dim]`` -> the same shape."""
+
+    def __call__(self, layer: int, q: Tensor, scale: float, /) -> Tensor: ...
+
 
 See = Callable[[Plan | None], Plan | None]
 """Given every plan before it is applied; what it returns is applied."""

@@ -61,6 +61,10 @@ class Watch:
         self.asked.add(group)
         return self.plan.active(group)
 
+    def feed(self, group: int, x: Tensor, columns: int, /) -> Tensor:
+        """Watched closely, all that a delta does is to be seen in :meth:`apply`."""
+        return x if self.closely else self.plan.feed(group, x, columns)
+
     def apply(self, group: int, x: Tensor, y: Tensor, hooked: Hooked) -> None:
         if not self.closely:
             self.plan.apply(group, x, y, hooked)
@@ -276,9 +280,7 @@ class Probe(AnyProbe[Runner]):
         prefix, shift = (0, 0) if delta is None else (delta.prefix_length, delta.shift)
         if delta is not None and delta.prefix is not None:
             runner.kv.put_prefix(runner.scratch_slot, delta.prefix)
-        attention = Attention(
-            runner.kv, runner.ops.kernels, [runner.scratch_slot], [prefix], [len(given.ids)]
-        )
+        attention = Attention(runner.kv, runner.ops.rows, [runner.scratch_slot], [prefix], [len(given.ids)])
         runner.hooks.plan = watch
         hidden = runner.forward(attention, given.positions[None] + shift, input_ids=given.ids[None])[0]
         logits = runner.backbone.logits(hidden)
@@ -291,6 +293,9 @@ class Idle:
 
     def active(self, _group: int) -> bool:
         return False
+
+    def feed(self, _group: int, x: Tensor, _columns: int, /) -> Tensor:
+        return x
 
     def apply(self, _group: int, _x: Tensor, _y: Tensor, _hooked: Hooked) -> None:
         """Does nothing."""

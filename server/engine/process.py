@@ -1,4 +1,6 @@
-"""The engine process: ``python -m server.engine.process FD SETTINGS``, the settings being an :class:`EngineConfig` in JSON.
+"""The engine process: ``python -m server.engine.process FD SETTINGS [WEIGHTS]``.
+
+The settings are an :class:`EngineConfig` in JSON, ``WEIGHTS`` is a descriptor of memory for the weights (``shared.py``).
 
 The api process starts it with one end of a socket pair. It leaves when that
 socket closes, also while it is still loading, so it cannot outlive its parent, however the parent ends.
@@ -14,14 +16,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
 from server.engine.memory import keep_pages
 from server.engine.messages import Fatal, Progress, Ready, Reply, Request
-from server.engine.wire import EngineSide
+from server.engine.wire import ChildSide
 from server.errors import DeltaserveError
 
 _Receive = Callable[[Request | None], None]
@@ -39,12 +40,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     max_waiting: int
     prefill_tokens: int
+    queue_timeout_seconds: float = 0.0
     kv_bytes: int | None
+    kv: str = "auto"
+    cuda_graphs: bool = True
     delta_bytes: int
     host_delta_bytes: int
     pinned_delta_share: float = 0.5
     threads: int | None
     ops_mode: str | None = None
+
+    @property
+    def queue_timeout(self) -> float:
+        """How long a row may wait, in seconds: infinite where the setting is 0."""
+        return self.queue_timeout_seconds or float("inf")
 
 
 def main() -> None:
@@ -53,7 +62,8 @@ def main() -> None:
         signal.SIGINT, signal.SIG_IGN
     )  # a terminal's Ctrl-C goes to the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    side = EngineSide(socket.socket(fileno=int(sys.argv[1])))
+    side: ChildSide[Request, Reply] = ChildSide(socket.socket(fileno=int(sys.argv[1])), Request)
+    weights = int(sys.argv[3]) if len(sys.argv) > 3 else None
     config = msgspec.json.decode(sys.argv[2].encode(), type=EngineConfig)
     receiver: Future[_Receive] = Future()
     threading.Thread(target=_read, args=(side, receiver), daemon=True, name="inbox").start()
@@ -64,7 +74,7 @@ def main() -> None:
     try:
         from server.engine import build
 
-        engine = build.build(config, send)
+        engine = build.build(config, send, weights)
     except DeltaserveError as error:
         send(Fatal(error.message))
         sys.exit(2)
@@ -74,7 +84,7 @@ def main() -> None:
     _leave()
 
 
-def _read(side: EngineSide, receiver: Future[_Receive]) -> None:
+def _read(side: ChildSide[Request, Reply], receiver: Future[_Receive]) -> None:
     """Hands every request to the engine, once there is one, and then None: the api process is gone."""
     try:
         while (request := side.receive()) is not None:
@@ -86,7 +96,7 @@ def _read(side: EngineSide, receiver: Future[_Receive]) -> None:
     receiver.result()(None)
 
 
-def _send(side: EngineSide, reply: Reply) -> None:
+def _send(side: ChildSide[Request, Reply], reply: Reply) -> None:
     try:
         side.send(reply)
     except (BrokenPipeError, ConnectionResetError):
@@ -97,11 +107,6 @@ def _leave() -> NoReturn:
     # loader threads may be inside native code; nothing of theirs needs an orderly end
     sys.stdout.flush()
     os._exit(0)
-
-
-def python_path() -> str:
-    """The folder that holds the ``server`` package, for the child's ``PYTHONPATH``."""
-    return str(Path(__file__).resolve().parents[2])
 
 
 if __name__ == "__main__":

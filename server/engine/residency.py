@@ -2,14 +2,14 @@
 
 Loading never happens on the step loop: the loaders read, check and pack a delta once however many rows ask for it;
 the loop collects what is done and puts it on the device if its budget has room. A row whose delta is not there is
-skipped by the scheduler, never waited for.
+skipped by the scheduler, never waited for. Who gets room when there is too little: ``claims.py``.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,8 @@ from deltas.bank import PackedDelta
 from deltas.errors import DeltaError
 from deltas.sites import BackboneSpec
 from deltas.weights import Source
+from server.engine.claims import Candidate, Claims
+from server.engine.copies import Copies
 from server.engine.loaders import LOADERS, Loaders, LoadFailure
 from server.types import DeltaRef, PinTier, Residence
 
@@ -71,17 +73,18 @@ class Residency:
         self._finish, self._forget, self._wake = finish, forget, wake
         self._on_device: OrderedDict[str, _Resident] = OrderedDict()
         self._on_host: OrderedDict[str, PackedDelta] = OrderedDict()
+        self._device_used = self._host_used = 0  # bytes
         self._loading: set[str] = set()  # in a loader's hands
         self._sums: dict[str, frozenset[str]] = {}  # the digests of a sum's parts, for sums in any tier
         self._asked: dict[str, float] = {}  # when a delta that is not on the device was first asked for
         self._dropped: set[str] = set()
         self._leaving: set[str] = set()  # leave the device after their last row, unless another asks
         self._pins: dict[str, PinTier] = {}
-        self._short: str | None = None  # the delta that waits for room: no other may take what it needs
-        self._short_asked = False
+        self._claims = Claims()
         self._promised: set[str] = set()  # found on the device in this step: not evicted before the next
         self._done: list[tuple[str, PackedDelta | LoadFailure]] = []
         self._failed: list[LoadFailure] = []
+        self._copies = Copies(device, wake)
         self._loaders = Loaders(spec, dtype, device, weights, self._loaded)
         self.counts = Counts()
 
@@ -100,21 +103,27 @@ class Residency:
     def resident(self, ref: DeltaRef) -> PackedDelta | None:
         """The delta if it is on the device, or can be put there now; otherwise None, and it comes as soon as it can.
 
+        None too for a delta on the device that is to give way to one that has waited for long: only running rows use it.
         One that left the host before its turn came is read again only when it could soon have a place: rows whose
         deltas do not fit together must not push each other's out for ever.
         """
-        if not self._is_away(ref.digest) or (
-            len(self._loading) < LOADERS and self._short in (None, ref.digest)
+        digest = ref.digest
+        if not self._is_away(digest) or (
+            len(self._loading) < LOADERS and self._claims.holder in (None, digest)
         ):
             self.prefetch(ref)
-        found = self._on_device.get(ref.digest)
-        if found is not None:
-            self._on_device.move_to_end(ref.digest)
-            self._promised.add(ref.digest)
-            return found.delta
-        if ref.digest not in self._on_host:
+        delta: PackedDelta | None = None
+        found = self._on_device.get(digest)
+        if found is None:
+            delta = self._admit(digest) if digest in self._on_host else None
+        elif digest not in self._claims.closed:
+            delta = found.delta
+        if delta is None:
+            self._claims.miss(digest)
             return None
-        return self._admit(ref.digest)
+        self._on_device.move_to_end(digest)
+        self._promised.add(digest)
+        return delta
 
     def acquire(self, digest: str) -> PackedDelta:
         """A row starts to use a resident delta; it stays on the device until the row releases it."""
@@ -146,7 +155,7 @@ class Residency:
             self._dropped.add(digest)
             return
         self._dropped.discard(digest)
-        self._on_host.pop(digest, None)
+        self._take_off_host(digest)
         self._asked.pop(digest, None)
         if found is not None:
             self._evict(digest)
@@ -160,6 +169,10 @@ class Residency:
         if (packed := self._on_host.get(digest)) is not None:
             return Residence("host", packed.nbytes)
         return Residence("disk", 0)
+
+    def arriving(self, digest: str) -> bool:
+        """Whether the delta is being copied from the host to the device."""
+        return self._copies.moving(digest)
 
     def to_host(self, digest: str) -> None:
         """A delta of the host or the device stays on the host only, once its running rows are done."""
@@ -216,21 +229,25 @@ class Residency:
 
     def _pinned_bytes(self, tier: PinTier, *, but: str) -> int:
         """What the pinned deltas that are in their tier take there, without one of them."""
-        held = {digest: found.delta for digest, found in self._on_device.items()}
-        if tier == "host":
-            held = dict(self._on_host)
-        return sum(
-            held[digest].nbytes
+        held = (
+            self._held(digest, tier)
             for digest, pinned in self._pins.items()
-            if pinned == tier and digest in held and digest != but
+            if pinned == tier and digest != but
         )
+        return sum(delta.nbytes for delta in held if delta is not None)
+
+    def _held(self, digest: str, tier: PinTier) -> PackedDelta | None:
+        if tier == "host":
+            return self._on_host.get(digest)
+        found = self._on_device.get(digest)
+        return None if found is None else found.delta
 
     # -- the step ----------------------------------------------------------------------------------------------
 
     @property
     def reserved_for_nobody(self) -> bool:
         """Room is kept for a delta that nobody asked for in this step; the next step frees it."""
-        return self._short is not None and not self._short_asked
+        return self._claims.unasked
 
     def collect(self) -> list[LoadFailure]:
         """Takes in what the loaders finished; says what failed. Called once a step, before deltas are asked for."""
@@ -245,14 +262,14 @@ class Residency:
             if digest in self._dropped:
                 self._drop(digest)
         self._forget_sums()
-        if not self._short_asked:
-            self._short = None  # nobody wants it any more
-        self._short_asked = False
+        self._claims.begin_step()
         self._promised.clear()
         failures, self._failed = self._failed, []
         return failures
 
     def _admit(self, digest: str) -> PackedDelta | None:
+        if not self._claims.allow(digest):
+            return None
         delta = self._on_host[digest]
         self._on_host.move_to_end(digest)
         size, budget = delta.nbytes, self._device_bytes
@@ -265,19 +282,22 @@ class Residency:
             )
             self._refuse(digest, message)
             return None
-        if self._short not in (None, digest):
-            return None
         if not self._make_room(size):
-            self._short, self._short_asked = digest, True
+            self._claims.wait(digest)
+            if self._claims.overdue:
+                self._claims.close(self._movable(), self.bytes_on_device + size - budget)
             return None
-        self._short = None
+        self._claims.settle()
+        moved = self._copies.fetch(digest, delta)
+        if moved is None:
+            return None
         try:
-            placed = self._finish(delta.to(self._device))
+            placed = self._finish(moved)
         except DeltaError as error:
             self._refuse(digest, str(error))
             return None
         self._on_device[digest] = _Resident(placed)
-        self._promised.add(digest)
+        self._device_used += placed.nbytes
         if placed.prompt is None and delta.prompt is not None:  # keep what was computed once
             self._keep_on_host(digest, placed.to(torch.device("cpu")))
         asked = self._asked.pop(digest, None)
@@ -290,7 +310,7 @@ class Residency:
     def _refuse(self, digest: str, message: str) -> None:
         """A delta that was read cannot be placed; the next step hears of it."""
         if digest not in self._pins:
-            self._on_host.pop(digest)
+            self._take_off_host(digest)
         self._fail(LoadFailure(digest, message, of_sum=digest in self._sums))
         self._wake()
 
@@ -308,12 +328,11 @@ class Residency:
     def _make_room(self, nbytes: int) -> bool:
         over = self.bytes_on_device + nbytes - self._device_bytes
         victims: list[str] = []
-        for digest, resident in self._on_device.items():
+        for digest, size, users in self._movable():
             if over <= 0:
                 break
-            held = resident.references or digest in self._promised or self._pins.get(digest) == "device"
-            if not held:
-                over -= resident.delta.nbytes
+            if not users and digest not in self._promised:
+                over -= size
                 victims.append(digest)
         if over > 0:
             return False
@@ -321,21 +340,35 @@ class Residency:
             self._evict(digest)
         return True
 
+    def _movable(self) -> Iterator[Candidate]:
+        """The deltas on the device that are not pinned there, least recently used first."""
+        for digest, resident in self._on_device.items():
+            if self._pins.get(digest) != "device":
+                yield Candidate(digest, resident.delta.nbytes, resident.references)
+
     def _evict(self, digest: str) -> None:
         self._leaving.discard(digest)
-        self._forget(self._on_device.pop(digest).delta)
+        gone = self._on_device.pop(digest).delta
+        self._device_used -= gone.nbytes
+        self._forget(gone)
 
     def _keep_on_host(self, digest: str, delta: PackedDelta) -> None:
+        self._take_off_host(digest)
         self._on_host[digest] = delta
-        self._on_host.move_to_end(digest)
+        self._host_used += delta.nbytes
         over = self.bytes_on_host - self._host_bytes
         for old in list(self._on_host):
             if over <= 0 or old == digest:
                 break
-            if old == self._short or self._pins.get(old) == "host":
+            if old in (self._claims.holder, self._claims.first) or self._pins.get(old) == "host":
                 continue
-            over -= self._on_host.pop(old).nbytes
+            over -= self._on_host[old].nbytes
+            self._take_off_host(old)
             self._asked.pop(old, None)
+
+    def _take_off_host(self, digest: str) -> None:
+        if (delta := self._on_host.pop(digest, None)) is not None:
+            self._host_used -= delta.nbytes
 
     def _is_away(self, digest: str) -> bool:
         """On the disk only, and not being read."""
@@ -348,11 +381,11 @@ class Residency:
 
     @property
     def bytes_on_device(self) -> int:
-        return sum(resident.delta.nbytes for resident in self._on_device.values())
+        return self._device_used
 
     @property
     def bytes_on_host(self) -> int:
-        return sum(delta.nbytes for delta in self._on_host.values())
+        return self._host_used
 
     @property
     def count_on_device(self) -> int:
@@ -365,3 +398,4 @@ class Residency:
     def close(self) -> None:
         """Stops the loaders."""
         self._loaders.close()
+        self._copies.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,15 +13,16 @@ from torch import Tensor
 
 from deltas.attach import attach
 from deltas.bank import PackedDelta
-from deltas.batch import Segment
+from deltas.batch import Plan, Segment
 from deltas.errors import InvalidDelta
 from deltas.groups import SiteGroup, site_groups
 from deltas.ops import Mode, Ops
 from server.engine.backbone import Backbone
 from server.engine.composition import Compositions
-from server.engine.kv import Attention, SlotKV
+from server.engine.cuda_graphs import DecodeGraphs, DecodeStep, Graph
+from server.engine.kv import KV, Attention
 from server.engine.lean import LeanDecoder
-from server.engine.scheduler import PlannedRow
+from server.engine.plan import PlannedRow
 from server.engine.sequence import Sequence
 
 LONGEST_PROMPT = 1024  # tokens of a soft prompt; published ones have 5 to 200
@@ -78,21 +80,31 @@ class Spent:
 
 @dataclass(eq=False)
 class Runner:
-    """The model with its hooks and KV. Not thread-safe: the step loop owns it."""
+    """The model with its hooks and KV. Not thread-safe: the step loop owns it.
+
+    ``graph`` makes the graphs that decode steps are held in, on a device that has them; without it every step is sent
+    launch by launch.
+    """
 
     backbone: Backbone
-    kv: SlotKV
+    kv: KV
     scratch_slot: int
     mode: Mode | None = None
     prepack: bool = True
+    graph: Callable[[], Graph] | None = None
     spent: Spent = field(default_factory=Spent)
 
     def __post_init__(self) -> None:
         self.groups: list[SiteGroup] = site_groups(self.backbone.spec)
         self.ops = Ops(len(self.groups), self.backbone.device, self.backbone.dtype, self.mode)
         self.hooks = attach(self.backbone.model, self.backbone.spec, self.ops, prepack=self.prepack)
-        self.lean_body = LeanDecoder.of(self.backbone, self.ops.kernels)
+        self.lean_body = LeanDecoder.of(self.backbone, self.ops.rows)
         self._compositions = Compositions(self.ops, self.groups)
+        self.graphs: DecodeGraphs | None = None
+        if self.graph is not None and self.lean_body is not None and self.ops.mode == "triton":
+            self.graphs = DecodeGraphs(
+                self.ops, self.kv, self.scratch_slot, self.groups, self._decode, self.graph
+            )
 
     def before(self, delta: PackedDelta) -> int:
         """Tokens' worth of keys and values that the delta puts before a row's own."""
@@ -148,7 +160,13 @@ class Runner:
             outputs.append(RowOutput(len(lines), wanted))
             lines.extend(range(len(ids) - wanted, len(ids)))
         slots = [slot_of(row.seq) for row in rows]
-        attention = Attention(self.kv, self.ops.kernels, slots, starts, [row.count for row in rows])
+        if self.graphs is not None and len(rows) == len(ids) == len(lines):
+            logits = self.graphs.run(DecodeStep(ids, positions, slots, starts, deltas))
+            if logits is not None:
+                self.spent.forward += time.perf_counter() - began
+                self.spent.steps += 1
+                return StepOutput(logits, outputs)
+        attention = Attention(self.kv, self.ops.rows, slots, starts, [row.count for row in rows])
         composition = self._compositions.of(
             deltas, [(row.count, out.count) for row, out in zip(rows, outputs, strict=True)]
         )
@@ -184,7 +202,7 @@ class Runner:
         held = delta.prefix_length - n  # a prefix of its own, that the prompt's tokens attend to as well
         if delta.prefix is not None:
             self.kv.put_prefix(self.scratch_slot, delta.prefix)
-        attention = Attention(self.kv, self.ops.kernels, [self.scratch_slot], [held], [n])
+        attention = Attention(self.kv, self.ops.rows, [self.scratch_slot], [held], [n])
         positions = torch.arange(n, device=self.backbone.device)[None]
         self.hooks.plan = self.ops.plan([Segment(0, n, delta)], n)
         self.forward(attention, positions, inputs_embeds=delta.prompt[None])
@@ -196,6 +214,16 @@ class Runner:
         """A delta left the device: nothing kept here may name it any more."""
         self.ops.forget(delta)
         self._compositions.forget()
+        if self.graphs is not None:
+            self.graphs.forget()
+
+    def _decode(self, attention: Attention, positions: Tensor, ids: Tensor, plan: Plan | None) -> Tensor:
+        """Logits ``[rows, vocab]`` of one token a row; the plan is the body's and the head's, whose rows are the same."""
+        self.hooks.plan = plan
+        hidden = self.forward(attention, positions[None], input_ids=ids[None])[0]
+        logits = self.backbone.logits(hidden)
+        self.hooks.plan = None
+        return logits
 
     def forward(self, attention: Attention, positions: Tensor, **inputs: Tensor) -> Tensor:
         """The backbone's layers over packed tokens, with ``hooks.plan`` applied: ``[1, tokens, hidden]``.

@@ -5,18 +5,19 @@
     ... seq.advance(...) for each row, scheduler.finish(seq) for those that ended
 
 A row is admitted when its prompt has room, and some more for what running rows will generate. When they have generated
-more than there is room for, the newest of them goes back to waiting and computes its tokens again later: no row ever
-fails for lack of KV.
+more than there is room for, one of them goes back to waiting and computes its tokens again later: no row ever fails for
+lack of KV.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from server.engine.chunks import chunks
+from server.engine.plan import Plan, PlannedRow
 from server.engine.sequence import Sequence
 from server.engine.sharing import key_of, share, waits
 from server.engine.slots import Held, SlotPool
@@ -32,44 +33,6 @@ class IntegrityError(RuntimeError):
     """The scheduler's books do not add up: a bug, never a user's fault."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
-    """Compute ``count`` tokens of ``seq`` from ``start`` on and, if ``samples``, choose the next one."""
-
-    seq: Sequence
-    start: int
-    count: int
-    samples: bool
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step.
-
-    ``rows`` are decode rows (count 1), then prefill chunks; within each of the two, rows of one delta are adjacent, base
-    rows first, otherwise in order of admission. ``preempted`` rows lost their slot in this call, and wait again; then
-    ``admitted`` got one. ``rejected`` turned out not to fit behind their delta's prefix: they are gone from the scheduler
-    and must be answered with an error. The memory of ``emptied`` slots may be given back once the admitted have begun.
-    """
-
-    rows: list[PlannedRow]
-    decode_rows: int
-    admitted: list[Sequence] = field(default_factory=list)
-    rejected: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    emptied: list[int] = field(default_factory=list)
-
-    @property
-    def composition(self) -> tuple[tuple[int, int], ...]:
-        """Hashable; equal for plans of equally many tokens of the same rows in the same order."""
-        return tuple((row.seq.id, row.count) for row in self.rows)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the step computes."""
-        return sum(row.count for row in self.rows)
-
-
 @dataclass(slots=True)
 class CacheCounts:
     """Prompt tokens of admitted rows, and how many of them were not computed again."""
@@ -83,7 +46,7 @@ class Scheduler:
 
     ``max_rows`` slots of ``slot_tokens`` tokens each, and of ``source_tokens`` of an encoder's (0: there is none); what
     running rows hold together stays within ``kv_tokens``; at most ``prefill_tokens`` prompt tokens a step; at most
-    ``max_waiting`` rows wait. ``weights`` are tenants' shares (1.0 where absent).
+    ``max_waiting`` rows wait, each at most ``queue_timeout`` seconds until it begins.
 
     A source is read whole in the step in which its row begins, and counts as prompt tokens; one that is longer than a
     step's budget is read by itself.
@@ -98,7 +61,7 @@ class Scheduler:
         prefill_tokens: int,
         max_waiting: int,
         source_tokens: int = 0,
-        weights: Mapping[str, float] | None = None,
+        queue_timeout: float = float("inf"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if min(max_rows, slot_tokens, prefill_tokens, max_waiting) < 1:
@@ -116,7 +79,7 @@ class Scheduler:
         self.source_tokens = source_tokens
         self._clock = clock
         self._known: dict[int, Sequence] = {}
-        self._queue: FairQueue[Sequence] = FairQueue(weights)
+        self._queue: FairQueue[Sequence] = FairQueue(queue_timeout, clock)
         self._running: dict[int, Sequence] = {}  # in order of admission
         self._pool = SlotPool(max_rows)
         self.cache = CacheCounts()
@@ -189,6 +152,17 @@ class Scheduler:
             self._forget(seq)
         return failed
 
+    def expire(self) -> list[Sequence]:
+        """Take out the rows that have waited too long without ever having begun; the caller answers them."""
+        expired = self._queue.expired()
+        for seq in expired:
+            self._forget(seq)
+        return expired
+
+    def next_expiry(self) -> float | None:
+        """In how many seconds :meth:`expire` may have something to do; None: never as things are."""
+        return self._queue.next_expiry()
+
     def next(self, ready: Ready) -> Plan:
         """Admit what fits, then plan one step: every decode row, and prompt chunks within the budget.
 
@@ -199,6 +173,8 @@ class Scheduler:
         plan = Plan([], 0)
         self._preempt(plan)
         self._admit(ready, plan)
+        self._pool.shrink(self.kv_tokens - self.kv_tokens_used)
+        plan.emptied = self._pool.empty()
         decode = sorted((seq for seq in self._running.values() if seq.decoding), key=_digest)
         filling = [seq for seq in self._running.values() if not seq.decoding and seq.uncomputed]
         counts = chunks(filling, self.prefill_tokens, self._queue.served)
@@ -223,10 +199,15 @@ class Scheduler:
     def _admit(self, ready: Ready, plan: Plan) -> None:
         """Give slots to waiting rows in fair order.
 
-        A row whose delta is loading is skipped and keeps its place. A ready row that does not fit stops
-        admission: letting smaller rows pass it for ever would starve it, and running rows end by themselves.
+        A row whose delta is not there is skipped and keeps its place; the first such row is asked about in each step,
+        so that its delta is the next to find room. A ready row that does not fit stops admission: letting smaller rows
+        pass it for ever would starve it, and running rows end by themselves.
         """
-        if not len(self._pool) or not self.rows_waiting:
+        if not self.rows_waiting:
+            return
+        if not len(self._pool):
+            if self._queue.favoured is not None:
+                ready(self._queue.favoured)
             return
         loading: set[str] = set()  # ask once a call about each delta
         wanted = sum(_expected(seq) for seq in self._running.values())
@@ -240,6 +221,7 @@ class Scheduler:
             prefix = ready(seq)
             if prefix is None:
                 loading.add(seq.digest)
+                self._queue.favour(seq)
                 return False
             room = self.slot_tokens - prefix - len(seq.prompt)
             if room < 1:
@@ -270,15 +252,16 @@ class Scheduler:
         self._queue.offer(take, backlog)
         for seq in plan.rejected:
             self._forget(seq)
-        self._pool.shrink(self.kv_tokens - self.kv_tokens_used)
-        plan.emptied = self._pool.empty()
 
     def _preempt(self, plan: Plan) -> None:
-        """Takes rows out, the newest of whoever has been served most first, until the others have room for a step."""
+        """Takes rows out until the others have room for a step.
+
+        First comes whoever has been served most, of its rows the one of the highest priority number, of these the newest.
+        """
         over = self.kv_tokens_used - self.kv_tokens
         while over > 0:
             newest = reversed(list(self._running.values()))
-            seq = max(newest, key=lambda seq: self._queue.served(seq.tenant))
+            seq = max(newest, key=lambda seq: (self._queue.served(seq.tenant), seq.priority))
             over -= seq.held
             self._release(seq, sound=True)
             seq.computed, seq.copied_from = 0, None

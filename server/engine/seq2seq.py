@@ -25,9 +25,9 @@ from server.engine.composition import Compositions
 from server.engine.cross import CrossAttention
 from server.engine.kv import Attention, SlotKV
 from server.engine.packed import See, as_it_is, plan_rows, with_prompts
+from server.engine.plan import PlannedRow
 from server.engine.ragged import SITE, RaggedAttention
 from server.engine.runner import RowOutput, StepOutput, lines_of, slot_of
-from server.engine.scheduler import PlannedRow
 from server.engine.sequence import Sequence
 from server.engine.stacks import decoder_of, stacks_of
 from server.engine.t5_bias import Before, TokenBias
@@ -238,7 +238,7 @@ class Seq2SeqRunner:
             torch.tensor(ids, device=device),
             torch.tensor(positions, device=device),
             attention,
-            CrossAttention(self.cross, self.ops.kernels, slots, counts, lengths),
+            CrossAttention(self.cross, self.ops.rows, slots, counts, lengths),
         )
 
     def _attention(
@@ -247,7 +247,7 @@ class Seq2SeqRunner:
         held = [part.length + start for part, start in zip(before, starts, strict=True)]
         bias = self.stacks.decoder_bias
         by_token = None if bias is None else TokenBias.of(bias, before, starts, counts, self.backbone.device)
-        return Attention(self.kv, self.ops.kernels, slots, held, list(counts), by_token)
+        return Attention(self.kv, self.ops.rows, slots, held, list(counts), by_token)
 
     def _keep(self, encoded: Tensor, lengths: Rows[int], rows: Rows[Rows[Held]]) -> None:
         """Puts each decoder layer's keys and values of ``encoded`` behind the prefixes of the rows' slots.
@@ -260,7 +260,7 @@ class Seq2SeqRunner:
         first = 0
         for length, same in zip(lengths, rows, strict=True):
             for row in same:
-                self.cross.note(row.slot, length + max(part.length for part in row.cross))
+                self.cross.note(row.slot, 0, length + max(part.length for part in row.cross))
                 tokens += range(first, first + length)
                 slots += [row.slot] * length
                 places += [(row, at) for at in range(length)]
@@ -278,4 +278,4 @@ class Seq2SeqRunner:
             k, v = self.stacks.cross(layer, encoded)
             if index is not None:
                 k, v = k[index], v[index]
-            self.cross.write(layer, k, v, token_slots, known[behind], self.ops.kernels)
+            self.cross.write(layer, k, v, token_slots, known[behind], self.ops.rows)

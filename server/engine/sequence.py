@@ -21,6 +21,8 @@ class Sequence:
     prompt: list[int]
     sampling: SamplingParams
     delta: DeltaRef | None = None
+    weight: float = 1.0  # the tenant's share
+    priority: int = 0  # among its tenant's rows: lower goes first
     source: list[int] = field(default_factory=list)  # what an encoder-decoder's encoder reads; else empty
     output: list[int] = field(default_factory=list)
     prefix: int = (

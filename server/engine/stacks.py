@@ -11,9 +11,7 @@ from torch import Tensor
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine.backbone import Backbone
 from server.engine.bart import BartStacks
-from server.engine.cross import CrossAttention
-from server.engine.kv import Attention
-from server.engine.ragged import RaggedAttention
+from server.engine.packed import Attend, AttendBothWays, Cross
 from server.engine.t5 import T5Stacks
 from server.engine.t5_bias import RelativeBias
 
@@ -36,13 +34,11 @@ class Stacks(Protocol):
 
     def embed(self, ids: Tensor) -> Tensor: ...
 
-    def encode(self, embedded: Tensor, positions: Tensor, attention: RaggedAttention) -> Tensor: ...
+    def encode(self, embedded: Tensor, positions: Tensor, attention: AttendBothWays) -> Tensor: ...
 
     def cross(self, layer: int, encoded: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def decode(
-        self, ids: Tensor, positions: Tensor, attention: Sequence[Attention], cross: CrossAttention
-    ) -> Tensor: ...
+    def decode(self, ids: Tensor, positions: Tensor, attention: Sequence[Attend], cross: Cross) -> Tensor: ...
 
 
 def stacks_of(backbone: Backbone) -> Stacks:

@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from server.engine.cross import CrossAttention
-from server.engine.kv import Attention
-from server.engine.ragged import RaggedAttention
+from server.engine.packed import Attend, AttendBothWays, Cross
 from server.engine.t5_bias import RelativeBias
 
 SCALE = 1.0  # T5 does not scale its scores
@@ -35,7 +33,7 @@ class T5Stacks:
         embedded: Tensor = self._encoder.embed_tokens(ids)
         return embedded
 
-    def encode(self, embedded: Tensor, _positions: Tensor, attention: RaggedAttention) -> Tensor:
+    def encode(self, embedded: Tensor, _positions: Tensor, attention: AttendBothWays) -> Tensor:
         """The encoder's last hidden states ``[tokens, hidden]``."""
         hidden = embedded
         for block in self._encoder.block:
@@ -56,9 +54,7 @@ class T5Stacks:
         k, v = self._heads(encoded, module.k, module.v)
         return k, v
 
-    def decode(
-        self, ids: Tensor, _positions: Tensor, attention: Sequence[Attention], cross: CrossAttention
-    ) -> Tensor:
+    def decode(self, ids: Tensor, _positions: Tensor, attention: Sequence[Attend], cross: Cross) -> Tensor:
         """The decoder's last hidden states ``[tokens, hidden]``; ``attention`` by layer."""
         hidden: Tensor = self._decoder.embed_tokens(ids)
         for index, block in enumerate(self._decoder.block):

@@ -93,6 +93,13 @@ class Tokenizer:
         return cut
 
     @property
+    def end_token(self) -> int | None:
+        """What ends a text that is learnt: the tokenizer's own end of a sequence, else the first that generation knows."""
+        if self._chat.eos_token_id is not None:
+            return int(self._chat.eos_token_id)
+        return self.eos_token_ids[0] if self.eos_token_ids else None
+
+    @property
     def mask_token(self) -> tuple[str, int] | None:
         """The mask of a masked language model, as it is written, and its id; None where there is none."""
         if self._chat.mask_token is None:

@@ -6,7 +6,10 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync_folder(folder: Path) -> None:
@@ -47,15 +50,27 @@ def write_temporary(folder: Path, content: bytes) -> Path:
     return path
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Give the file this content (mode 0600), all or nothing."""
-    temporary = write_temporary(path.parent, content)
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; when the block ends it is at ``path`` (mode 0600), durable; if the block raises, nothing changes."""
+    temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give the file this content (mode 0600), all or nothing."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def create_file(path: Path, content: bytes) -> bool:
@@ -76,15 +91,5 @@ def create_file(path: Path, content: bytes) -> bool:
 
 def copy_file(source: Path, path: Path) -> None:
     """Give ``source``'s content the name ``path`` (mode 0600), all or nothing."""
-    temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(descriptor, "wb") as writing, source.open("rb") as reading:
-            shutil.copyfileobj(reading, writing, 1 << 20)
-            writing.flush()
-            os.fsync(writing.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with replacing(path) as writing, source.open("rb") as reading:
+        shutil.copyfileobj(reading, writing, 1 << 20)

@@ -28,6 +28,8 @@ KEY_PREFIX = "ds-"
 _KEY_BYTES = 32
 _LONGEST_KEY = 512
 _LIMIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+WEIGHT = "weight"  # the limit that is a tenant's fair share
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 0.001, 1000.0
 _KEY_ID = re.compile(r"key-[0-9a-f]{16}")
 _ATTEMPTS = 100
 
@@ -69,6 +71,10 @@ class TenantStore:
     async def get(self, name: str) -> Tenant:
         """One tenant. Raises NotFound."""
         return msgspec.json.decode(await self._record(name), type=Tenant)
+
+    async def weight(self, name: str) -> float:
+        """The tenant's share of a busy engine, relative to others'; 1 unless its limits say otherwise. Raises NotFound."""
+        return (await self.get(name)).limits.get(WEIGHT, 1.0)
 
     async def patch(self, name: str, limits: Mapping[str, float | None]) -> Tenant:
         """Set the given limits and remove those given as None; the others stay.
@@ -229,6 +235,11 @@ def _checked(limits: Mapping[str, float]) -> dict[str, float]:
             raise InvalidRequest(f"{shown(name)} is not the name of a limit", param="limits")
         if not (math.isfinite(value) and value >= 0):
             raise InvalidRequest(f"the limit {name} must be a number of at least 0", param=f"limits.{name}")
+        if name == WEIGHT and not SMALLEST_WEIGHT <= value <= LARGEST_WEIGHT:
+            raise InvalidRequest(
+                f"the weight must be between {SMALLEST_WEIGHT:g} and {LARGEST_WEIGHT:g}; 1 is an ordinary share",
+                param=f"limits.{WEIGHT}",
+            )
     return {name: float(value) for name, value in limits.items()}
 
 

@@ -30,8 +30,8 @@ class _Held:
 class JobService:
     """At most ``most`` jobs at once, each in a folder of its own under ``root``.
 
-    ``owner`` is the name of whoever works in ``root`` (:func:`worker_name`): it knows that the process before it is dead, and
-    takes its jobs over at once. Jobs of other workers are taken over when their leases run out.
+    ``owner`` is the name of whoever works in ``root`` (:func:`worker_name`): the process before it is dead, so its jobs
+    are taken over at once. Jobs of other workers are taken over when their leases run out.
     """
 
     def __init__(

@@ -41,6 +41,7 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
     backbone_bytes: int
     private_bytes: int  # of the backbone's weights, not shared with the engine
     trainable: int
+    process_bytes: int = 0  # what is the process's alone: Python, libraries' data, this and other jobs
 
 
 class Stepped(msgspec.Struct, frozen=True, tag=True):
@@ -101,7 +102,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class TunerDied(msgspec.Struct, frozen=True, tag=True):
-    """What the client says when the tuner's process ended: these jobs run no more. It is started again by itself."""
+    """The tuner process is gone, and these jobs were not done; said by the client, not by the tuner."""
 
     jobs: list[str]
     reason: str

@@ -25,6 +25,7 @@ from server.types import (
     Tier,
     TokenEvent,
     TokenLogprob,
+    Turn,
     Vector,
     Want,
 )
@@ -66,6 +67,7 @@ class ByteTokenizer:
     """A token a byte; 256 ends a text."""
 
     eos_token_ids: Sequence[int] = (EOS,)
+    end_token: int | None = EOS
 
     def __init__(self) -> None:
         self.contexts: list[list[int]] = []
@@ -116,7 +118,7 @@ class Call:
     prompt: list[int]
     sampling: SamplingParams
     delta: DeltaRef | None
-    tenant: str
+    turn: Turn
 
 
 @dataclass
@@ -167,7 +169,7 @@ class FakeEngine:
         return INFO
 
     async def encode(
-        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, tenant: str
+        self, *, rows: Sequence[EncoderInput], delta: DeltaRef | None, want: Want, turn: Turn
     ) -> list[Vector | DeltaserveError]:
         return [Vector(array("f", [float(len(row.ids)), 1.0]).tobytes()) for row in rows]
 
@@ -177,7 +179,7 @@ class FakeEngine:
         prompt: list[int],
         choices: Sequence[list[int]],
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> list[list[float]]:
         return [[-token / 256 for token in choice] for choice in choices]
@@ -213,10 +215,10 @@ class FakeEngine:
         prompt: list[int],
         sampling: SamplingParams,
         delta: DeltaRef | None,
-        tenant: str,
+        turn: Turn,
         source: Sequence[int] = (),
     ) -> AsyncGenerator[TokenEvent, None]:
-        self.calls.append(Call(prompt, sampling, delta, tenant))
+        self.calls.append(Call(prompt, sampling, delta, turn))
         self.running += 1
         self.started.put(len(self.calls))
         try:

@@ -25,7 +25,9 @@ class Prepared:
     warnings: list[Any]
 
 
-def prepare(train: Path, valid: Path | None, *, labels: list[str] | None, folder: Path, **rest: Any) -> Prepared:
+def prepare(
+    train: Path, valid: Path | None, *, labels: list[str] | None, folder: Path, **rest: Any
+) -> Prepared:
     """Check and encode."""
     training, found = _read(train, "training_file")
     validation = None if valid is None else _read(valid, "validation_file")[0]

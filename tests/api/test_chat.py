@@ -47,7 +47,7 @@ def test_whole_answer(http: httpx.Client, server: Running) -> None:
     call = server.engine.calls[0]
     assert call.sampling.max_tokens == MAX_MODEL_LEN - prompt
     assert (call.sampling.temperature, call.sampling.top_k) == (1.0, 0)
-    assert call.tenant == "default"
+    assert call.turn.tenant == "default"
 
 
 def test_stream(http: httpx.Client) -> None:

@@ -118,7 +118,7 @@ def test_tenants_do_not_see_each_other(http: httpx.Client, server: Running) -> N
         define(south, **(BODY | {"template": "{mine}"}))
         assert south.get("/v1/tasks/greet").json()["template"] == "{mine}"
         infer(south, "greet", "x")
-    assert server.engine.calls[-1].tenant == "south"
+    assert server.engine.calls[-1].turn.tenant == "south"
     assert http.get("/v1/tasks/greet").json()["template"] == BODY["template"]
 
 

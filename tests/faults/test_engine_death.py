@@ -15,9 +15,9 @@ import pytest
 import uvloop
 
 from server.config import Settings
-from server.engine.messages import Drop
-from server.engine.process import EngineConfig, python_path
-from server.engine.wire import ApiSide
+from server.engine.messages import Drop, Reply, Request
+from server.engine.process import EngineConfig
+from server.engine.wire import ParentSide, python_path
 from tests.api.command import Server, eventually
 from tests.faults.conftest import Native
 from tests.faults.requests import BACKBONE, LONG, answer, body, metric, streaming, upload
@@ -91,7 +91,7 @@ def test_a_write_to_a_dead_engine_is_its_end() -> None:
 
     async def run() -> None:
         ours, theirs = socket.socketpair()
-        side = ApiSide(*await asyncio.open_unix_connection(sock=ours))
+        side: ParentSide[Reply, Request] = ParentSide(*await asyncio.open_unix_connection(sock=ours), Reply)
         theirs.close()
         for _ in range(10):
             side.send(Drop("a"))

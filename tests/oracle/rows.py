@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,16 @@ from deltas.ops import Mode
 from deltas.pack import pack
 from deltas.weights import FrozenTensors
 from server.engine.backbone import Backbone, load
-from server.engine.kv import SlotKV
+from server.engine.cuda_graphs import Graph
+from server.engine.kv import KV, SlotKV
+from server.engine.paged import PagedKV
+from server.engine.plan import PlannedRow
 from server.engine.runner import Runner
-from server.engine.scheduler import PlannedRow
 from server.engine.sequence import Sequence
 from server.types import DeltaRef, SamplingParams
 
 SLOTS = 33
+CPU = torch.device("cpu")
 
 
 @dataclass(eq=False)
@@ -36,11 +40,24 @@ class Row:
     logits: list[Tensor] = field(default_factory=list)
 
 
-def make_runner(folder: Path, dtype: torch.dtype, mode: Mode | None = None, capacity: int = 512) -> Runner:
+def make_runner(
+    folder: Path,
+    dtype: torch.dtype,
+    mode: Mode | None = None,
+    capacity: int = 512,
+    *,
+    paged: bool = False,
+    graph: Callable[[], Graph] | None = None,
+    device: torch.device = CPU,
+) -> Runner:
     """A backbone from a Hugging Face folder with KV for ``SLOTS - 1`` rows."""
-    backbone: Backbone = load(folder.name, folder, torch.device("cpu"), dtype)
-    kv = SlotKV(backbone.spec, SLOTS, capacity, dtype, backbone.device)
-    return Runner(backbone, kv, scratch_slot=SLOTS - 1, mode=mode)
+    backbone: Backbone = load(folder.name, folder, device, dtype)
+    kv: KV
+    if paged:
+        kv = PagedKV(backbone.spec, SLOTS, capacity, SLOTS * capacity, dtype, backbone.device)
+    else:
+        kv = SlotKV(backbone.spec, SLOTS, capacity, dtype, backbone.device)
+    return Runner(backbone, kv, scratch_slot=SLOTS - 1, mode=mode, graph=graph)
 
 
 def place(runner: Runner, delta: Delta) -> PackedDelta:
@@ -48,7 +65,7 @@ def place(runner: Runner, delta: Delta) -> PackedDelta:
     spec = runner.backbone.spec
     weights = FrozenTensors(runner.backbone.folder)
     patches = methods.lower(delta, spec, weights)
-    return runner.finish(pack(patches, spec, runner.backbone.dtype))
+    return runner.finish(pack(patches, spec, runner.backbone.dtype).to(runner.backbone.device))
 
 
 def generate(runner: Runner, rows: Several[Row], steps: int, *, chunk: int = 512) -> None:

@@ -16,7 +16,7 @@ from deltas.ops import Mode
 from deltas.pack import pack
 from deltas.weights import FrozenTensors
 from server.engine.backbone import load
-from server.engine.scheduler import PlannedRow
+from server.engine.plan import PlannedRow
 from server.engine.seq2seq import Seq2SeqRunner
 from server.engine.sequence import Sequence
 from server.types import DeltaRef, SamplingParams

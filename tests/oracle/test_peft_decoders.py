@@ -151,7 +151,7 @@ def test_gives_pefts_classes(name: str, task: str, tmp_path: Path) -> None:
     runner = make_runner(folder, torch.float32, capacity=tiny.POSITIONS)
     placed = place(runner, read(upload(tmp_path / "delta"), runner.backbone.spec, FrozenTensors(folder)))
     ids = torch.tensor([text(19)])
-    attention = Attention(runner.kv, runner.ops.kernels, [0], [0], [19])
+    attention = Attention(runner.kv, runner.ops.rows, [0], [0], [19])
     runner.hooks.plan = runner.ops.plan([Segment(0, 19, placed)], 19)
     with torch.no_grad():
         hidden = runner.forward(attention, torch.arange(19)[None], input_ids=ids)[0]

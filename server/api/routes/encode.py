@@ -16,7 +16,7 @@ from server.api.schemas import ClassifyRequest, EmbeddingRequest
 from server.api.schemas_tasks import ScoreRequest
 from server.api.services import Services
 from server.errors import InvalidRequest
-from server.types import EncoderInput, Principal, Vector, Want
+from server.types import EncoderInput, Turn, Vector, Want
 
 router = APIRouter(dependencies=[Depends(authenticate)])
 
@@ -32,7 +32,8 @@ async def embeddings(request: Request, services: Served, caller: Caller) -> JSON
     if body.dimensions is not None:
         raise InvalidRequest("This model does not support specifying dimensions.", param="dimensions")
     rows = await encoding.ids_of(body, backbone)
-    found = await _vectors(request, services, caller, rows, target, Want("embedding"))
+    turn = await services.turn(caller, body.priority)
+    found = await _vectors(request, services, turn, rows, target, Want("embedding"))
     data = [
         {
             "object": "embedding",
@@ -57,7 +58,8 @@ async def classify(request: Request, services: Served, caller: Caller) -> JSONRe
     target = await models.resolve(services, backbone, caller, body.model)
     kind, labels = kinds.head_of(target)
     rows = await encoding.ids_of(body, backbone)
-    found = await _vectors(request, services, caller, rows, target, Want("head"))
+    turn = await services.turn(caller, body.priority)
+    found = await _vectors(request, services, turn, rows, target, Want("head"))
     answer = {
         "id": f"classify-{request.state.request_id}",
         "object": "list",
@@ -77,7 +79,8 @@ async def score(request: Request, services: Served, caller: Caller) -> JSONRespo
     backbone = services.accept_work()
     kinds.encodes(backbone)
     target = await models.resolve(services, backbone, caller, body.model)
-    work = pairs.scores(body, services, backbone, caller.tenant, target)
+    turn = await services.turn(caller, body.priority)
+    work = pairs.scores(body, services, backbone, turn, target)
     found, tokens = await while_connected(request, services.state, work)
     answer = {
         "id": f"score-{request.state.request_id}",
@@ -93,13 +96,13 @@ async def score(request: Request, services: Served, caller: Caller) -> JSONRespo
 async def _vectors(
     request: Request,
     services: Services,
-    caller: Principal,
+    turn: Turn,
     rows: list[list[int]],
     target: models.Target,
     want: Want,
 ) -> list[Vector]:
     inputs = [EncoderInput(row) for row in rows]
-    work = encoding.vectors(services.engine, services.metrics, caller.tenant, inputs, target.delta, want)
+    work = encoding.vectors(services.engine, services.metrics, turn, inputs, target.delta, want)
     return await while_connected(request, services.state, work)
 
 

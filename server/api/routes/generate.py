@@ -16,7 +16,7 @@ from server.api.generation import Generation
 from server.api.models import Target
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from server.api.services import Backbone, Services
-from server.types import Principal
+from server.types import Turn
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
 
@@ -40,7 +40,8 @@ async def chat_completions(request: Request, services: Served, caller: Caller) -
     target = await models.resolve(services, backbone, caller, body.model)
     kinds.without_head(target)
     rows = await chat.rows_for(body, backbone)
-    generation = _generation(services, backbone, caller, target, started)
+    turn = await services.turn(caller, body.priority)
+    generation = _generation(services, backbone, turn, target, started)
     answer = chat.ChatAnswer(body, rows, generation, _head(request, backbone, body, "chatcmpl"))
     return await _respond(request, services, body, target, answer)
 
@@ -56,7 +57,8 @@ async def text_completions(request: Request, services: Served, caller: Caller) -
     target = await models.resolve(services, backbone, caller, body.model)
     kinds.without_head(target)
     rows = await completions.rows_for(body, backbone)
-    generation = _generation(services, backbone, caller, target, started)
+    turn = await services.turn(caller, body.priority)
+    generation = _generation(services, backbone, turn, target, started)
     answer = completions.CompletionAnswer(body, rows, generation, _head(request, backbone, body, "cmpl"))
     return await _respond(request, services, body, target, answer)
 
@@ -71,11 +73,9 @@ async def _respond(
 
 
 def _generation(
-    services: Services, backbone: Backbone, caller: Principal, target: Target, started: float
+    services: Services, backbone: Backbone, turn: Turn, target: Target, started: float
 ) -> Generation:
-    return Generation(
-        services.engine, backbone.tokenizer, services.metrics, caller.tenant, target.delta, started
-    )
+    return Generation(services.engine, backbone.tokenizer, services.metrics, turn, target.delta, started)
 
 
 def _head(request: Request, backbone: Backbone, body: GenerationRequest, prefix: str) -> dict[str, Any]:

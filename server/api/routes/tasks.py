@@ -88,7 +88,8 @@ async def infer(name: str, request: Request, services: Served, caller: Caller) -
     way = bind(task, backbone, target)
     parameters = parameters_of(way, task.parameters, body.parameters)
     await way.check(backbone, parameters)
-    call = Call(services.engine, services.metrics, backbone, caller.tenant, target, started)
+    turn = await services.turn(caller, parameters.priority)
+    call = Call(services.engine, services.metrics, backbone, turn, target, started)
     outcomes = await while_connected(request, services.state, way.run(call, body.inputs, parameters))
     answer = {
         "task": task.name,

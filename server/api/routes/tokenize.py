@@ -24,7 +24,8 @@ async def tokenize(request: Request, services: Served, caller: Caller) -> JSONRe
     if body.model is not None:
         await models.resolve(services, backbone, caller, body.model)
     if body.messages is not None:
-        tokens = await prompts.render(backbone.tokenizer, body.messages, body.add_generation_prompt)
+        messages = [message.plain() for message in body.messages]
+        tokens = await prompts.render(backbone.tokenizer, messages, body.add_generation_prompt)
     else:
         tokens = await prompts.encode(backbone.tokenizer, body.prompt or "", body.add_special_tokens)
     answer: dict[str, Any] = {

@@ -10,15 +10,15 @@ from pydantic import ValidationError
 from server.api import kinds
 from server.api.errors import first_problem
 from server.api.models import Target
-from server.api.schemas import Strict
+from server.api.schemas import Prioritised
 from server.api.schemas_tasks import CutParameters, EmbedParameters, GenerateParameters, LikelihoodParameters
 from server.api.services import Backbone
 from server.api.tasks.encoded import Embed
 from server.api.tasks.generated import CHOICES, MAX_CHOICES, Generate, Likelihood
 from server.api.tasks.heads import HeadClass, HeadTags, HeadValue
 from server.api.tasks.masks import MaskedClass
-from server.api.tasks.templates import Template
 from server.api.tasks.ways import Way
+from server.engine.templates import Template
 from server.errors import InvalidRequest, UnsupportedTask
 from server.types import Task
 
@@ -93,13 +93,13 @@ def _on_a_decoder(task: Task, template: Template, backbone: Backbone, target: Ta
     return Likelihood(template, LikelihoodParameters, choices, task.kind == "classify")
 
 
-def parameters_of(way: Way[Any], *given: Mapping[str, Any] | None) -> Strict:
+def parameters_of(way: Way[Any], *given: Mapping[str, Any] | None) -> Prioritised:
     """The way's parameters, later ones over earlier ones. Raises InvalidRequest naming the field."""
     values: dict[str, Any] = {}
     for some in given:
         values |= some or {}
     try:
-        found: Strict = way.parameters.model_validate(values)
+        found: Prioritised = way.parameters.model_validate(values)
     except ValidationError as error:
         problem = first_problem(list(error.errors(include_url=False)))
         raise InvalidRequest(problem.message, param=f"parameters.{problem.param}") from error

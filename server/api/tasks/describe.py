@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from server.api.tasks.generated import CHOICES
-from server.api.tasks.templates import Template
+from server.engine.templates import Template
 from server.types import Task
 
 _TEXT = {"type": "string", "minLength": 1}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from server.api import encoding, prompts
 from server.api.schemas_tasks import CutParameters, EmbedParameters
 from server.api.services import Backbone
-from server.api.tasks.templates import values_of
+from server.api.tasks.inputs import values_of
 from server.api.tasks.ways import Call, Outcome, Output, Way, of_the_row
 from server.errors import DeltaserveError
 from server.types import EncodedText, EncoderInput, Vector, Want
@@ -63,7 +63,7 @@ class EncodedWay(Way[C]):
         found: list[Vector | DeltaserveError] = []
         want = self.want(parameters)
         async with aclosing(
-            encoding.outcomes(call.engine, call.metrics, call.tenant, rows, call.target.delta, want)
+            encoding.outcomes(call.engine, call.metrics, call.turn, rows, call.target.delta, want)
         ) as waves:
             async for wave in waves:
                 found += wave

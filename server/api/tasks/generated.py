@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 from server.api import encoding, prompts
 from server.api.completions import DEFAULT_MAX_TOKENS
 from server.api.generation import Generation, Row
-from server.api.schemas import Strict
+from server.api.schemas import Prioritised
 from server.api.schemas_tasks import GenerateParameters, LikelihoodParameters
 from server.api.services import Backbone
 from server.api.tasks.heads import ranked
-from server.api.tasks.templates import values_of
+from server.api.tasks.inputs import values_of
 from server.api.tasks.ways import Call, Outcome, Output, Way, side_by_side
 from server.errors import ContextTooLong, InvalidRequest
 from server.store.reference import shown
 from server.types import TextPiece
 
-P = TypeVar("P", bound=Strict)
+P = TypeVar("P", bound=Prioritised)
 
 MOST_ROWS = 256  # of one call that wait or run at a time
 MAX_CHOICES = MOST_ROWS  # of one row
@@ -75,7 +75,7 @@ class Generate(GeneratedWay[GenerateParameters]):
         )
         call.prompt_tokens += len(row.given)
         generation = Generation(
-            call.engine, backbone.tokenizer, call.metrics, call.tenant, call.target.delta, call.started
+            call.engine, backbone.tokenizer, call.metrics, call.turn, call.target.delta, call.started
         )
         (piece,) = await generation.collect([row])
         call.completion_tokens += len(piece.token_ids)
@@ -120,12 +120,12 @@ class Likelihood(GeneratedWay[LikelihoodParameters]):
             )
         used = len(start.source or start.prompt) + sum(map(len, tokens))
         call.prompt_tokens += used
-        call.metrics.prompt_accepted(call.tenant, used)
+        call.metrics.prompt_accepted(call.turn.tenant, used)
         found = await call.engine.score(
             prompt=start.prompt,
             choices=tokens,
             delta=call.target.delta,
-            tenant=call.tenant,
+            turn=call.turn,
             source=start.source,
         )
         scores = [sum(line) / (len(line) if parameters.normalize == "mean" else 1) for line in found]

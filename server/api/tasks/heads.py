@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from server.api import encoding
 from server.api.schemas_tasks import CutParameters
-from server.api.tasks import spans
 from server.api.tasks.encoded import Encoded, EncodedWay
 from server.api.tasks.ways import Output
+from server.engine import spans
 from server.errors import UnsupportedTask
 from server.types import Want
 

@@ -10,8 +10,8 @@ from server.api.ports import Tokenizer
 from server.api.schemas_tasks import CutParameters
 from server.api.tasks.encoded import Encoded, EncodedWay
 from server.api.tasks.heads import ranked
-from server.api.tasks.templates import Template
 from server.api.tasks.ways import Output
+from server.engine.templates import Template
 from server.errors import InvalidRequest, UnsupportedTask
 from server.store.reference import shown
 from server.types import EncodedText, EncoderInput, Want

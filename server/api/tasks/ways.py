@@ -10,13 +10,14 @@ from typing import Any, Generic, TypeVar
 
 from server.api.models import Target
 from server.api.ports import Engine
-from server.api.schemas import Strict
+from server.api.schemas import Prioritised
 from server.api.services import Backbone
-from server.api.tasks.templates import Template
+from server.engine.templates import Template
 from server.errors import DeltaserveError, InvalidComposition, Unavailable, UnsupportedTask
 from server.metrics import Metrics
+from server.types import Turn
 
-P = TypeVar("P", bound=Strict)
+P = TypeVar("P", bound=Prioritised)
 R = TypeVar("R")
 
 Output = dict[str, Any]
@@ -33,7 +34,7 @@ class Call:
     engine: Engine
     metrics: Metrics
     backbone: Backbone
-    tenant: str
+    turn: Turn
     target: Target
     started: float
     prompt_tokens: int = 0

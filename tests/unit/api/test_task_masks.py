@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.api.tasks.encoded import Encoded
 from server.api.tasks.masks import MaskedClass
-from server.api.tasks.templates import Template
+from server.engine.templates import Template
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidRequest, UnsupportedTask
 from server.types import EncodedText, Vector

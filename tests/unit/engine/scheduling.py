@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from itertools import count
 
-from server.engine.scheduler import Plan, Scheduler
+from server.engine.plan import Plan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.errors import InvalidRequest, Unavailable
 from server.types import DeltaRef, SamplingParams
@@ -13,24 +14,39 @@ from server.types import DeltaRef, SamplingParams
 _ids = count()
 
 
-def row(prompt: int, max_tokens: int = 4, tenant: str = "a", digest: str | None = None) -> Sequence:
+def row(
+    prompt: int,
+    max_tokens: int = 4,
+    tenant: str = "a",
+    digest: str | None = None,
+    *,
+    weight: float = 1.0,
+    priority: int = 0,
+    arrived: float = 0.0,
+) -> Sequence:
     """A row whose prompt begins like no other's."""
     number = next(_ids)
-    delta = None if digest is None else DeltaRef(digest, f"{digest}.safetensors")
     return Sequence(
-        number, tenant, [number, *[1] * (prompt - 1)][:prompt], SamplingParams(max_tokens=max_tokens), delta
+        number,
+        tenant,
+        [number, *[1] * (prompt - 1)][:prompt],
+        SamplingParams(max_tokens=max_tokens),
+        None if digest is None else DeltaRef(digest, f"{digest}.safetensors"),
+        weight,
+        priority,
+        arrived=arrived,
     )
 
 
-def make(**sizes: int) -> Scheduler:
-    defaults = {
+def make(**changes: object) -> Scheduler:
+    defaults: dict[str, object] = {
         "max_rows": 4,
         "slot_tokens": 64,
         "kv_tokens": 256,
         "prefill_tokens": 16,
         "max_waiting": 100,
     }
-    return Scheduler(**(defaults | sizes))  # type: ignore[arg-type]
+    return Scheduler(**(defaults | changes))  # type: ignore[arg-type]
 
 
 def resident(_: Sequence) -> int | None:

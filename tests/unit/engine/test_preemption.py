@@ -83,14 +83,18 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
         yield made
 
 
-def test_answers_are_the_same_with_little_memory(start: Callable[..., Harness]) -> None:
+@pytest.mark.parametrize("kv", ["slots", "paged"])
+def test_answers_are_the_same_with_little_memory(start: Callable[..., Harness], kv: str) -> None:
     """Rows of all kinds, some with logprobs of their prompt, with memory for a third of them."""
     from server.engine.kv import token_bytes  # needs torch
+    from server.engine.paged import PAGE
 
     plenty = start(max_model_len=256)
     backbone = plenty.engine.runner.backbone
     token = token_bytes(backbone.spec, backbone.dtype)
-    little = start(max_model_len=256, kv_bytes=260 * token)
+    scratch = 256 + 7 * PAGE if kv == "paged" else 0  # and a page of each slot that is not full
+    little = start(max_model_len=256, kv=kv, kv_bytes=(260 + scratch) * token)
+    assert little.engine.scheduler.kv_tokens == 260
     refs = [None, *(plenty.save(random_delta(backbone.spec, kind, 1)) for kind in KINDS)]
     count = 2 * len(refs)
     for engine in (plenty, little):
@@ -101,6 +105,8 @@ def test_answers_are_the_same_with_little_memory(start: Callable[..., Harness]) 
         engine.wait(*range(count))
     assert little.engine.scheduler.preemptions
     assert not plenty.engine.scheduler.preemptions
+    if kv == "paged":
+        assert [*little.engine.runner.kv.pages.problems()] == []
     for n in range(count):
         assert little.tokens(n) == plenty.tokens(n)
         got, wanted = little.events[n][0].prompt_logprobs, plenty.events[n][0].prompt_logprobs

@@ -163,3 +163,17 @@ def test_a_failure_says_whether_the_sum_or_a_part_is_at_fault(make: Callable[...
     assert [failure.of_sum for failure in tiers.it.collect()] == [True]
     Path(two.path).unlink()
     assert [failure.of_sum for failure in tiers.fetched(whole)] == [False]
+
+
+def test_what_is_asked_for_first_is_not_pushed_off_the_host_by_what_arrives_with_it(
+    make: Callable[..., Tiers],
+) -> None:
+    size = size_of(make, 4)
+    tiers = make(device_bytes=size, host_bytes=size)
+    wanted, others = tiers.ref(4, 0), [tiers.ref(4, seed) for seed in range(1, 4)]
+    assert tiers.it.resident(wanted) is None  # it is being read from now on
+    assert not tiers.fetched(*others)
+    while tiers.it.where(wanted.digest).tier == "disk":  # it may be the last to arrive
+        tiers.woken.get(timeout=30)
+        assert not tiers.it.collect()
+    assert tiers.use(wanted)

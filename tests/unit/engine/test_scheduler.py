@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import server.engine.scheduler as scheduler_module
-from server.engine.scheduler import IntegrityError, Scheduler
+from server.engine.scheduler import IntegrityError
 from server.engine.sequence import Sequence
 from server.errors import ContextTooLong, InvalidRequest, Unavailable
 from tests.unit.engine.scheduling import Engine, make, resident, row
@@ -111,22 +111,6 @@ def test_service_follows_tokens_not_rows() -> None:
         for planned in engine.step().rows:
             served[planned.seq.tenant] += planned.count
     assert served["short"] == pytest.approx(served["long"], rel=0.05)
-
-
-def test_weights_scale_the_share() -> None:
-    scheduler = Scheduler(
-        max_rows=3, slot_tokens=64, kv_tokens=192, prefill_tokens=16, max_waiting=99, weights={"gold": 3.0}
-    )
-    engine = Engine(scheduler)
-    served: Counter[str] = Counter()
-    for _ in range(3000):
-        lines = Counter(seq.tenant for seq in scheduler.waiting())
-        for tenant in ("gold", "plain"):
-            if lines[tenant] < 4:
-                engine.add(row(8, 8, tenant))
-        for planned in engine.step().rows:
-            served[planned.seq.tenant] += planned.count
-    assert served["gold"] / served["plain"] == pytest.approx(3.0, rel=0.1)
 
 
 def test_an_idle_tenant_banks_no_credit_and_a_busy_one_sheds_no_debt() -> None:

@@ -7,7 +7,8 @@ from itertools import count
 
 import pytest
 
-from server.engine.scheduler import Plan, Scheduler
+from server.engine.plan import Plan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.errors import ContextTooLong, InvalidRequest
 from server.types import SamplingParams

@@ -7,7 +7,8 @@ from itertools import count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.scheduler import Plan, Scheduler
+from server.engine.plan import Plan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.sharing import WORTH
 from server.engine.slots import common

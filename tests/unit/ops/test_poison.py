@@ -25,6 +25,8 @@ PLACE = places(SPEC)["layers.0.attn.q"]
 class Linear:
     """What a step may ask of a plain linear; nothing here asks."""
 
+    fed = False
+
     def linear(self, out0: int, out: int, x: Tensor) -> Tensor:
         raise NotImplementedError
 

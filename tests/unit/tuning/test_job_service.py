@@ -189,7 +189,9 @@ async def test_a_pause_keeps_what_was_trained(bench: Bench) -> None:
         tuner.gate.release()
     await bench.until(job, "succeeded")
     assert "Training goes on after step 3" in await bench.texts(job)
-    steps = [event.data["step"] for event in await bench.jobs.events(job, 0, 1000) if "train_loss" in event.data]
+    steps = [
+        event.data["step"] for event in await bench.jobs.events(job, 0, 1000) if "train_loss" in event.data
+    ]
     assert steps == [*range(1, STEPS + 1)]
 
 
@@ -341,7 +343,9 @@ async def test_a_job_cancelled_while_it_is_published(bench: Bench, monkeypatch: 
     for _ in range(STEPS):
         tuner.gate.release()
     async with asyncio.timeout(20):
-        while (await bench.jobs.get("default", job)).status != "cancelled" or await bench.deltas.blobs.digests():
+        while (
+            await bench.jobs.get("default", job)
+        ).status != "cancelled" or await bench.deltas.blobs.digests():
             await asyncio.sleep(0.01)
     with pytest.raises(ModelNotFound):
         await bench.deltas.registry.resolve("default", "mine")

@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from server.api.schemas import Message
 from server.errors import InvalidRequest
-from server.store.reference import shown
-from server.types import TextPiece
+from server.types import CHAT_ROLES, TextPiece
 
 DEFAULT = "{text}"
 LONGEST = 65_536  # characters of all of a template's texts
@@ -101,40 +99,14 @@ class Template:
         """The texts with these values in them."""
         return [_filled(text, values) for text in self.texts]
 
-    def messages(self, values: Mapping[str, str]) -> list[Message]:
-        """A chat's messages with these values in them."""
+    def messages(self, values: Mapping[str, str]) -> list[dict[str, str]]:
+        """A chat's messages with these values in them, as a backbone's chat template takes them."""
         contents = ["".join(piece.text for piece in text) for text in self.pieces(values)]
         return [
-            Message.model_validate({"role": role, "content": content})
+            {"role": CHAT_ROLES[role], "content": content}
             for role, content in zip(self.roles, contents, strict=True)
         ]
 
 
 def _filled(text: Sequence[Part], values: Mapping[str, str]) -> list[TextPiece]:
     return [TextPiece(values[part.text] if part.is_field else part.text, not part.is_field) for part in text]
-
-
-def values_of(item: Any, fields: Sequence[str]) -> dict[str, str]:
-    """An input's value for each field. Raises InvalidRequest for one that does not fit them."""
-    if isinstance(item, str):
-        if len(fields) != 1:
-            raise _bad(f"The input is a text, and the task has the fields {_listed(fields)}: give an object.")
-        item = {fields[0]: item}
-    if not isinstance(item, dict):
-        raise _bad("An input is a text, or an object of texts.")
-    for field in fields:
-        if field not in item:
-            raise _bad(f"The input lacks the field '{field}'.")
-        if not isinstance(item[field], str) or not item[field]:
-            raise _bad(f"The input's field '{field}' must be a text that is not empty.")
-    if unknown := item.keys() - set(fields):
-        raise _bad(f"The input has the field {shown(min(unknown))}; the task has {_listed(fields)}.")
-    return item
-
-
-def _listed(fields: Sequence[str]) -> str:
-    return ", ".join(f"'{field}'" for field in fields)
-
-
-def _bad(message: str) -> InvalidRequest:
-    return InvalidRequest(message, param="inputs")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.tasks.spans import Word, merged, words
+from server.engine.spans import Word, merged, words
 
 TEXT = "aa bb cc dd ee ff"
 

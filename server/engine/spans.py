@@ -41,6 +41,11 @@ def words(
         yield Word(min(p[1] for p in places), max(p[2] for p in places), labels[best], line[best])
 
 
+def is_prefixed(labels: Iterable[str]) -> bool:
+    """Whether every label but ``O`` has a prefix that says where a word is in its span."""
+    return all(label == OUTSIDE or _PREFIXED.fullmatch(label) for label in labels)
+
+
 def merged(found: Iterable[Word], labels: Iterable[str], text: str) -> list[dict[str, Any]]:
     """The spans of consecutive words; a span's score is the mean of its words'.
 
@@ -49,7 +54,7 @@ def merged(found: Iterable[Word], labels: Iterable[str], text: str) -> list[dict
     is none; ``E``, ``L``, ``S`` and ``U`` end it. Else consecutive words of one label are one span. ``O`` ends a span
     and is in none.
     """
-    prefixed = all(label == OUTSIDE or _PREFIXED.fullmatch(label) for label in labels)
+    prefixed = is_prefixed(labels)
     spans: list[tuple[str, list[Word]]] = []
     open_ = False
     for word in found:
