@@ -58,6 +58,9 @@ class Settings(BaseSettings):
         0.5, ge=0, le=1, description="largest share of either memory that pinned deltas may take"
     )
     max_upload_bytes: int = Field(2 << 30, ge=1 << 10, description="largest delta upload")
+    max_file_bytes: int = Field(1 << 30, ge=1 << 10, description="largest file to tune on")
+    tuning: Literal["on", "off"] = Field("on", description="whether tuning jobs are taken and run")
+    max_jobs: int = Field(4, ge=1, le=64, description="most tuning jobs that train at once")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine (default: all cores)")
     tuning_priority: Literal["idle", "low", "normal"] = Field(
         "idle", description="of the tuner's threads: idle runs only where the engine leaves a core free"

@@ -134,6 +134,7 @@ class DatasetInvalid(InvalidRequest):
         body["error"]["rows"] = [row._asdict() for row in self.rows]
         body["error"]["bad_rows"] = self.count
         body["error"]["report_file"] = self.report_file
+        body["error"]["report_file"] = self.report_file
         return body
 
 

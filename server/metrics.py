@@ -6,6 +6,8 @@ bears a tenant or a delta label, so the number of series does not grow with eith
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -15,7 +17,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from server.types import EngineStats
+from server.types import EngineStats, JobState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -49,6 +51,7 @@ class Metrics:
         self._kv = self._gauge("kv_cache_usage_ratio", "share of the key/value memory in use, 0 to 1")
         self._resident = self._gauge("deltas_resident", "deltas in a tier", "tier")
         self._delta_bytes = self._gauge("delta_bytes", "bytes of deltas in a tier", "tier")
+        self._jobs = self._gauge("jobs", "tuning jobs in a state", "state")
         self._engine_up = self._gauge("engine_up", "1 while the engine is ready for rows")
 
         self._requests = self._counter("requests", "answered requests", "kind", "outcome")
@@ -60,6 +63,8 @@ class Metrics:
         self._loads = self._counter("delta_loads", "deltas brought to the device", "from_tier")
         self._load_failures = self._counter("delta_load_failures", "deltas that could not be brought there")
         self._quarantines = self._counter("deltas_quarantined", "deltas taken out of service for bad numbers")
+        self._tuning_steps = self._counter("tuning_steps", "optimizer steps of tuning jobs")
+        self._tuning_tokens = self._counter("tuning_tokens", "tokens that tuning jobs trained on")
         self._rejections = self._counter("admission_rejections", "requests refused before work", "reason")
 
         self._ttft = self._histogram("time_to_first_token_seconds", "from request to first token", _LONG)
@@ -114,6 +119,18 @@ class Metrics:
         """Remove a deleted tenant's series."""
         for counter in (self._prompt_tokens, self._generated):
             counter.remove(tenant)
+
+    # tuning
+
+    def jobs(self, counts: Mapping[JobState, int]) -> None:
+        """How many tuning jobs are in each state."""
+        for state, count in counts.items():
+            self._jobs.labels(state).set(count)
+
+    def tuned(self, tokens: int) -> None:
+        """A job took an optimizer step on so many tokens."""
+        self._tuning_steps.inc()
+        self._tuning_tokens.inc(tokens)
 
     # the engine
 

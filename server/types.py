@@ -12,6 +12,7 @@ DeltaStatus = Literal["ready", "quarantined", "deleted"]
 Visibility = Literal["private", "public"]
 Tier = Literal["device", "host", "disk"]
 PinTier = Literal["device", "host"]
+JobState = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 # A message's role as clients write it -> as chat templates know it.
 CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -193,7 +193,7 @@ MUTANTS = (
     ),
     Mutant(
         "2 no silent no-op: a delta that changes nothing is accepted",
-        "server/api/acceptance.py",
+        "server/store/acceptance.py",
         "            if whole:\n",
         "            if whole or zero:\n",
         ("tests/api/test_acceptance.py",),

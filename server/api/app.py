@@ -6,7 +6,19 @@ from fastapi import FastAPI
 
 from server.api import errors
 from server.api.middleware import RequestScope
-from server.api.routes import deltas, encode, generate, health, metrics, models, tasks, tenants, tokenize
+from server.api.routes import (
+    deltas,
+    encode,
+    files,
+    fine_tuning,
+    generate,
+    health,
+    metrics,
+    models,
+    tasks,
+    tenants,
+    tokenize,
+)
 from server.api.services import Services
 
 
@@ -20,6 +32,19 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     errors.install(app)
     app.add_middleware(RequestScope, services=services)
-    for module in (health, metrics, models, generate, encode, deltas, tasks, tokenize, tenants):
+    modules = (
+        health,
+        metrics,
+        models,
+        generate,
+        encode,
+        deltas,
+        tasks,
+        files,
+        fine_tuning,
+        tokenize,
+        tenants,
+    )
+    for module in modules:
         app.include_router(module.router)
     return app

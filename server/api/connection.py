@@ -42,7 +42,8 @@ class EventStream(Response):
 
     The generator is pulled once before the status line goes out, so that an error before the first event is
     an ordinary error answer; a later one is an event ``{"error": ...}``. The stream ends with ``[DONE]``. The
-    generator is closed whatever happens, also when the client has gone.
+    generator is closed whatever happens, also when the client has gone. ``id_field`` names the objects' field that is
+    the events' id, which a client that comes back sends as ``Last-Event-ID``.
     """
 
     media_type = "text/event-stream"
@@ -52,8 +53,11 @@ class EventStream(Response):
         events: AsyncGenerator[dict[str, Any], None],
         state: ServerState,
         headers: dict[str, str] | None = None,
+        *,
+        id_field: str | None = None,
     ) -> None:
         self._events = events
+        self._id_field = id_field
         self._state = state
         self.status_code = 200
         self.background = None
@@ -79,9 +83,9 @@ class EventStream(Response):
             notes["stream_started"] = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if first is not None:
-                await _event(send, first)
+                await _event(send, first, self._id(first))
             async for event in self._events:
-                await _event(send, event)
+                await _event(send, event, self._id(event))
         except DeltaserveError as error:
             if not notes.get("stream_started"):
                 raise
@@ -95,6 +99,9 @@ class EventStream(Response):
             return
         await _done(send)
 
+    def _id(self, event: dict[str, Any]) -> str | None:
+        return None if self._id_field is None else str(event[self._id_field])
+
     async def _fail(self, send: Send, notes: dict[str, Any], error: DeltaserveError) -> None:
         notes["outcome"] = "unavailable" if error.status == 503 else "server_error"
         notes["error_code"], notes["rejected"] = error.code, isinstance(error, QueueTimeout)
@@ -102,8 +109,9 @@ class EventStream(Response):
         await _done(send)
 
 
-async def _event(send: Send, event: dict[str, Any]) -> None:
-    body = b"data: " + msgspec.json.encode(event) + b"\n\n"
+async def _event(send: Send, event: dict[str, Any], event_id: str | None = None) -> None:
+    line = b"" if event_id is None else f"id: {event_id}\n".encode()
+    body = line + b"data: " + msgspec.json.encode(event) + b"\n\n"
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 

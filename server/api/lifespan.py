@@ -23,7 +23,9 @@ from server.metrics import Metrics
 from server.store.blobs import FileBlobs
 from server.store.connect import open_redis
 from server.store.deltas import DeltaStore
+from server.store.files import FileStore
 from server.store.idempotency import IdempotencyStore
+from server.store.jobs import JobStore
 from server.store.keys import Keys
 from server.store.registry import Registry
 from server.store.tasks import TaskStore
@@ -31,14 +33,22 @@ from server.store.tenants import TenantStore
 from server.store.valkey import EmbeddedValkey
 from server.tenants.auth import Authenticator
 from server.tenants.secrets import admin_key, server_secret
+from server.tuning.data import prepare
+from server.tuning.jobs import JobService, worker_name
+from server.tuning.publish import Publisher
+from server.tuning.tuner import OpenTuner
+from server.tuning.worker import Tools
 from server.types import BackboneInfo, EngineStats
 
 log = logging.get("server.api")
 
 
 @asynccontextmanager
-async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
-    """Everything the app needs. The engine is still loading on entry; ``watch_engine`` sees it through.
+async def open_services(
+    settings: Settings, open_tuner: OpenTuner | None = None
+) -> AsyncGenerator[Services, None]:
+    """Everything the app needs. The engine is still loading on entry; ``watch_engine`` sees it through. Without
+    ``open_tuner`` jobs are taken and stay queued.
 
     Raises ``OSError`` and the store's errors where the data folder or Redis cannot be used.
     """
@@ -52,15 +62,22 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
         deltas = DeltaStore(Registry(redis, keys), FileBlobs(blob_folder(settings)))
         for digest in await deltas.start():
             log.info("unreferenced_blob_removed", digest=digest)
+        jobs_folder = settings.data_dir / "jobs"
+        files = FileStore(redis, keys, settings.data_dir / "files")
+        await files.start()
         services = Services(
             settings=settings,
             deltas=deltas,
             tenants=tenants,
             tasks=TaskStore(redis, keys),
+            files=files,
+            jobs=JobStore(redis, keys),
             authenticator=Authenticator(tenants, settings.admin_key or admin_key(settings.data_dir)[0]),
             idempotency=IdempotencyStore(redis, keys),
             engine=EngineClient(settings),
             metrics=Metrics(),
+            worker=await asyncio.to_thread(worker_name, jobs_folder),
+            prepare=prepare,
         )
         await asyncio.to_thread(shutil.rmtree, services.upload_folder, ignore_errors=True)
         background = Background()
@@ -70,6 +87,10 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
         await services.engine.start()
         stack.push_async_callback(services.engine.stop)
         background.start(watch_engine(services))
+        tuning = Background()
+        stack.push_async_callback(tuning.stop)  # before the engine, which publishing needs
+        if settings.tuning == "on" and open_tuner is not None:
+            tuning.start(run_jobs(services, open_tuner))
         if valkey is not None:
             background.start(keep_valkey(valkey, services))
         yield services
@@ -115,6 +136,22 @@ async def watch_engine(services: Services) -> None:
     log.info("ready", backbone=info.name, device=info.device, dtype=info.dtype)
     if services.on_ready is not None:
         services.on_ready(services.resident)
+
+
+async def run_jobs(services: Services, open_tuner: OpenTuner) -> None:
+    """Run tuning jobs from the moment the backbone is resident until this is cancelled; then they rest."""
+    info = await services.engine.wait_ready()
+    async with open_tuner(services.settings, info) as tuner:
+        publisher = Publisher(services.engine, services.deltas, services.files, services.metrics)
+        tools = Tools(services.jobs, tuner, publisher, services.metrics, info.name)
+        service = JobService(tools, services.jobs_folder, services.worker, services.settings.max_jobs)
+        await service.start()
+        services.tuning = service
+        try:
+            await asyncio.Event().wait()
+        finally:
+            services.tuning = None
+            await service.stop(services.settings.drain_seconds)
 
 
 def stats_handler(services: Services, background: Background) -> Callable[[EngineStats], None]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
+
+import msgspec
 
 from server.api.composition import Term, is_sum, parse_sum
 from server.api.services import Backbone, Services
-from server.errors import InvalidRequest, Quarantined
+from server.errors import InvalidRequest, ModelNotFound, NotFound, Quarantined
+from server.store.job_records import CHECKPOINT, checkpoint_model, parse_checkpoint_model
+from server.store.reference import shown
 from server.types import DeltaPart, DeltaRecord, DeltaRef, Principal
 
 
@@ -35,6 +40,8 @@ async def resolve(services: Services, backbone: Backbone, caller: Principal, mod
     """
     if model == backbone.info.name:
         return Target(model)
+    if model.startswith(CHECKPOINT):
+        return await _checkpoint(services, caller, model)
     terms = parse_sum(model) if is_sum(model) else [Term(model)]
     for term in terms:
         if term.reference == backbone.info.name:
@@ -57,6 +64,25 @@ async def resolve(services: Services, backbone: Backbone, caller: Principal, mod
     alone = len(parts) == 1 and parts[0].weight == 1
     ref = DeltaRef(parts[0].digest, parts[0].path) if alone else DeltaRef.of_sum(parts)
     return Target(model, tuple(records), ref)
+
+
+async def _checkpoint(services: Services, caller: Principal, model: str) -> Target:
+    """A checkpoint of the caller's own tuning job, by the name that its object has."""
+    parsed = parse_checkpoint_model(model)
+    found = None
+    if parsed is not None:
+        job, step = parsed
+        with contextlib.suppress(NotFound):
+            known = await services.jobs.get(caller.tenant, job)
+            if model == checkpoint_model(job, known.fields, step):
+                found = await services.jobs.checkpoint(job, step)
+    if parsed is None or found is None:
+        raise ModelNotFound(f"the model {shown(model)} does not exist", param="model")
+    record = DeltaRecord(
+        id=model, tenant=caller.tenant, name=model, version=found.step, **msgspec.structs.asdict(found.fields)
+    )
+    file = services.job_folder(parsed[0]) / found.file
+    return Target(model, (record,), DeltaRef(record.digest, str(file)))
 
 
 async def _record(services: Services, caller: Principal, reference: str) -> DeltaRecord:

@@ -50,6 +50,15 @@ AnyLabels = Annotated[
 ]
 
 
+def stored_template(
+    template: str | list[str] | list[TemplateMessage] | None,
+) -> str | list[str | dict[str, str]] | None:
+    """A template as it is stored."""
+    if template is None or isinstance(template, str):
+        return template
+    return [item if isinstance(item, str) else item.model_dump() for item in template]
+
+
 class TaskRequest(Strict):
     """``POST /v1/tasks``.
 
@@ -75,9 +84,7 @@ class TaskRequest(Strict):
 
     def stored_template(self) -> str | list[str | dict[str, str]] | None:
         """As a task keeps it."""
-        if self.template is None or isinstance(self.template, str):
-            return self.template
-        return [item if isinstance(item, str) else item.model_dump() for item in self.template]
+        return stored_template(self.template)
 
 
 class InferRequest(Strict):

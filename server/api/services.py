@@ -15,11 +15,15 @@ from server.errors import EngineRestarting, Unavailable
 from server.metrics import Metrics
 from server.store.blobs import BlobStore
 from server.store.deltas import DeltaStore
+from server.store.files import FileStore
 from server.store.idempotency import IdempotencyStore
+from server.store.jobs import JobStore
 from server.store.registry import Registry
 from server.store.tasks import TaskStore
 from server.store.tenants import TenantStore
 from server.tenants.auth import Authenticator
+from server.tuning.jobs import JobService
+from server.tuning.submit import Prepare
 from server.types import BackboneInfo, Principal, Turn
 
 
@@ -75,21 +79,29 @@ class ServerState:
 @dataclass
 class Services:
     """What routes work with. ``resident`` is set by the lifespan once the engine is ready; ``exporting`` lets one delta
-    at a time be written in another library's form; ``placing`` is held by what changes pins.
+    at a time be written in another library's form; ``placing`` is held by what changes pins; ``preparing`` lets one job's
+    files at a time be encoded. ``worker`` is the name under which this process holds leases of jobs; ``tuning`` is there
+    while it runs them.
     """
 
     settings: Settings
     deltas: DeltaStore
     tenants: TenantStore
     tasks: TaskStore
+    files: FileStore
+    jobs: JobStore
     authenticator: Authenticator
     idempotency: IdempotencyStore
     engine: Engine
     metrics: Metrics
+    worker: str
+    prepare: Prepare
     state: ServerState = field(default_factory=ServerState)
     resident: Backbone | None = None
     exporting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     placing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    preparing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    tuning: JobService | None = None
     on_ready: Callable[[Backbone], None] | None = None
 
     @property
@@ -106,6 +118,15 @@ class Services:
     def upload_folder(self) -> Path:
         """Where uploads lie until they are accepted; on the data folder's file system."""
         return self.settings.data_dir / "uploads"
+
+    @property
+    def jobs_folder(self) -> Path:
+        """What the tuner works on: a folder a job."""
+        return self.settings.data_dir / "jobs"
+
+    def job_folder(self, job: str) -> Path:
+        """The folder of a job's data and checkpoints."""
+        return self.jobs_folder / job
 
     def not_ready(self) -> str | None:
         """Why the server is not ready for work; None when it is."""

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deltas import formats, methods
+from deltas import formats
 from deltas.delta import Delta
 from deltas.formats import native
 from deltas.formats.files import DeltaFiles
 from deltas.weights import FrozenTensors
 from server.api import placement
-from server.api.acceptance import accept
 from server.api.archives import is_archive, unpack
 from server.api.multipart import Form
 from server.api.services import Backbone, Services
 from server.errors import InvalidRequest
+from server.store.acceptance import accept
+from server.store.delta_fields import fields_of
 from server.store.reference import check_name
-from server.store.registry import DeltaFields
 from server.types import DeltaRecord, Principal, Visibility
 
 _FIELDS = frozenset({"name", "promote", "visibility", "metadata"})
@@ -105,33 +104,16 @@ async def store(services: Services, caller: Principal, form: Form, folder: Path)
     fields = parse_fields(form, backbone.info.name)
     limit = services.settings.max_upload_bytes
     native_file = folder / "native.safetensors"
-    delta, rank = await asyncio.to_thread(_convert, form.files, folder, limit, backbone, native_file)
-    await accept(services, delta, native_file)  # before anybody can name it
+    delta = await asyncio.to_thread(_convert, form.files, folder, limit, backbone, native_file)
+    # Before anybody can name it.
+    await accept(services.engine, services.registry, services.metrics, delta, native_file)
     return await services.deltas.add(
         caller.tenant,
         fields.name,
-        _record_fields(delta, backbone.info.name, rank, fields.metadata),
+        fields_of(delta, backbone.info.name, fields.metadata),
         native_file,
         visibility=fields.visibility,
         promote=fields.promote,
-    )
-
-
-def _record_fields(delta: Delta, backbone: str, rank: int | None, metadata: dict[str, str]) -> DeltaFields:
-    head = next((component.config for component in delta.components if component.method == "head"), None)
-    return DeltaFields(
-        digest=delta.digest,
-        methods=delta.methods,
-        format=delta.format,
-        backbone=backbone,
-        parameters=delta.parameters,
-        bytes=delta.nbytes,
-        rank=rank,
-        sites=sorted({site for component in delta.components for site in component.sites()}),
-        task_kind=None if head is None else head["kind"],
-        labels=None if head is None else head["labels"],
-        created_at=int(time.time()),
-        metadata=metadata,
     )
 
 
@@ -147,21 +129,16 @@ def forget(services: Services, digests: Iterable[str]) -> None:
         services.engine.drop(digest)
 
 
-def _convert(
-    files: dict[str, Path], folder: Path, max_bytes: int, backbone: Backbone, target: Path
-) -> tuple[Delta, int | None]:
-    """Read the files and write the delta's native form to ``target``. Blocking. Also gives the largest
-    rank.
-    """
+def _convert(files: dict[str, Path], folder: Path, max_bytes: int, backbone: Backbone, target: Path) -> Delta:
+    """Read the files and write the delta's native form to ``target``. Blocking."""
     if any(is_archive(name) for name in files):
         if len(files) != 1:
             raise InvalidRequest("An archive must be the only file of an upload.", param="file")
         ((name, path),) = files.items()
         files = unpack(path, name, folder, max_bytes)
     delta = formats.read(DeltaFiles(files), backbone.spec, FrozenTensors(Path(backbone.info.folder)))
-    rank = methods.rank(delta)
     native.save(delta, target)
-    return delta, rank
+    return delta
 
 
 @asynccontextmanager

@@ -99,10 +99,14 @@ def without_password(url: str) -> str:
     return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", hidden)
 
 
-def load_script(redis: Redis, name: str) -> AsyncScript:
-    """The Lua script ``NAME.lua`` of this package; it survives a flush or a restart of Redis."""
-    text = files("server.store").joinpath(f"{name}.lua").read_text(encoding="utf-8")
-    return redis.register_script(text)
+def load_script(redis: Redis, *names: str) -> AsyncScript:
+    """The Lua script ``NAME.lua`` of this package; it survives a flush or a restart of Redis.
+
+    Of several names, the last is the script and the ones before define what it uses.
+    """
+    folder = files("server.store")
+    texts = [folder.joinpath(f"{name}.lua").read_text(encoding="utf-8") for name in names]
+    return redis.register_script("\n".join(texts))
 
 
 def as_text(value: bytes | str) -> str:

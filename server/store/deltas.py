@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 from server.errors import InvalidRequest, NotFound
 from server.store.blobs import BlobStore
 from server.store.connect import StoreError
+from server.store.delta_fields import DeltaFields
+from server.store.job_records import JobEnding, StaleLease
 from server.store.reference import check_name
-from server.store.registry import DeltaFields, Registry
+from server.store.registry import Registry
 from server.types import DeltaRecord, Visibility
 
 Result = TypeVar("Result")
@@ -60,13 +62,14 @@ class DeltaStore:
         *,
         visibility: Visibility | None = None,
         promote: bool = True,
+        ending: JobEnding | None = None,
     ) -> tuple[DeltaRecord, bool]:
         """Store the file ``source`` as ``fields.digest`` and register it; durable on return.
 
         Otherwise as ``Registry.add``; when that refuses, the file does not stay.
         """
         check_name(name)
-        return await self._to_the_end(self._add(tenant, name, fields, source, visibility, promote))
+        return await self._to_the_end(self._add(tenant, name, fields, source, visibility, promote, ending))
 
     async def delete(self, tenant: str, name: str, version: int | None = None) -> list[str]:
         """As ``Registry.delete``, and the files too. Gives the digests that are gone for good."""
@@ -84,12 +87,15 @@ class DeltaStore:
         source: Path,
         visibility: Visibility | None,
         promote: bool,
+        ending: JobEnding | None,
     ) -> tuple[DeltaRecord, bool]:
         async with self._lock(fields.digest):
             await self.blobs.put(fields.digest, source)
             try:
-                return await self.registry.add(tenant, name, fields, visibility=visibility, promote=promote)
-            except (InvalidRequest, NotFound):
+                return await self.registry.add(
+                    tenant, name, fields, visibility=visibility, promote=promote, ending=ending
+                )
+            except (InvalidRequest, NotFound, StaleLease):
                 # After any other error the version may have been registered all the same: the file stays.
                 await self._drop(fields.digest)
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,3 +87,9 @@ def create_file(path: Path, content: bytes) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Give ``source``'s content the name ``path`` (mode 0600), all or nothing."""
+    with replacing(path) as writing, source.open("rb") as reading:
+        shutil.copyfileobj(reading, writing, 1 << 20)

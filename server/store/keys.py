@@ -16,8 +16,20 @@ key (after the prefix)                     type    content
 ``t:TENANT:name:NAME``                     hash    one delta: see below
 ``t:TENANT:tasks``                         hash    task name -> its JSON record
 ``t:TENANT:tasks:order``                   zset    task name, scored by serial number: oldest first
+``files``                                  hash    file id -> its tenant
+``t:TENANT:files``                         hash    file id -> its JSON record
+``t:TENANT:files:order``                   zset    file id, scored by serial number: oldest first
+``t:TENANT:jobs``                          zset    tuning job id, scored by serial number: oldest first
 ``t:TENANT:idem``                          zset    idempotency key names, scored by expiry (Unix seconds)
 ``t:TENANT:idem:HASH``                     string  one remembered answer; expires by itself
+``jobs:states``                            hash    state -> how many tuning jobs of all tenants are in it
+``jobs:leases``                            zset    id of a job that is worked on, scored by its lease's end (Unix seconds)
+``jobs:ring``                              list    tenants with queued jobs, whose turn is next first
+``jobs:queue:TENANT``                      zset    id of a queued job, scored by its serial number
+``jobs:active:TENANT``                     set     ids of jobs that have not ended
+``job:ID``                                 hash    one tuning job: see below
+``job:ID:events``                          stream  its events, entry ``N-0``: field ``e``, JSON
+``job:ID:checkpoints``                     hash    step -> JSON of the checkpoint
 =========================================  ======  ================================================
 
 The fields of ``t:TENANT:name:NAME``:
@@ -30,6 +42,25 @@ The fields of ``t:TENANT:name:NAME``:
 ``d:DIGEST``        the version with that digest
 ``a:ALIAS``         the version the alias points to; ``a:live`` is there while any version is
 ==================  ==============================================================
+
+The fields of ``job:ID``:
+
+================  ==============================================================
+``tenant``        its owner
+``serial``        its serial number
+``status``        its state, one of ``server.store.jobs.STATES``
+``token``         the fencing token: only its holder may write; it grows with every claim and every cancellation
+``owner``         who holds the lease
+``wish``          ``pause`` while somebody wants the running job paused, else empty
+``events``        the number of its last event
+``fixed``         JSON of what is known from the beginning and never changes
+``spec``          JSON of the ``JobSpec``, once it is validated
+``progress``      JSON of how far it has come, written by its worker
+``error``         JSON of why it failed
+``model``         the published delta's name
+``results``       JSON list of result files' ids
+``finished_at``   when it ended, Unix seconds
+================  ==============================================================
 
 Neither tenants nor names may hold a colon, so no two objects share a key.
 """
@@ -52,6 +83,10 @@ class Keys:
         self.tenants = f"{prefix}:tenants"
         self.tenant_order = f"{prefix}:tenants:order"
         self.api_keys = f"{prefix}:keys"
+        self.file_owners = f"{prefix}:files"
+        self.job_states = f"{prefix}:jobs:states"
+        self.job_leases = f"{prefix}:jobs:leases"
+        self.job_ring = f"{prefix}:jobs:ring"
 
     def tenant_keys(self, tenant: str) -> str:
         """The tenant's API keys: id -> HMAC."""
@@ -72,6 +107,51 @@ class Keys:
     def task_order(self, tenant: str) -> str:
         """The tenant's task names, oldest first."""
         return f"{self.prefix}:t:{tenant}:tasks:order"
+
+    def files(self, tenant: str) -> str:
+        """The tenant's files: id -> record."""
+        return f"{self.prefix}:t:{tenant}:files"
+
+    def file_order(self, tenant: str) -> str:
+        """The tenant's file ids, oldest first."""
+        return f"{self.prefix}:t:{tenant}:files:order"
+
+    def jobs(self, tenant: str) -> str:
+        """The tenant's tuning jobs, oldest first."""
+        return f"{self.prefix}:t:{tenant}:jobs"
+
+    def job_queue(self, tenant: str) -> str:
+        """The tenant's queued jobs, oldest first."""
+        return f"{self.prefix}:jobs:queue:{tenant}"
+
+    def jobs_active(self, tenant: str) -> str:
+        """The tenant's jobs that have not ended."""
+        return f"{self.prefix}:jobs:active:{tenant}"
+
+    def job(self, job_id: str) -> str:
+        """One tuning job."""
+        return f"{self.prefix}:job:{job_id}"
+
+    def job_events(self, job_id: str) -> str:
+        """A tuning job's events."""
+        return f"{self.prefix}:job:{job_id}:events"
+
+    def job_checkpoints(self, job_id: str) -> str:
+        """A tuning job's checkpoints: step -> record."""
+        return f"{self.prefix}:job:{job_id}:checkpoints"
+
+    def of_job(self, tenant: str, job_id: str) -> list[str]:
+        """All keys that change with one job, in the order that ``job_common.lua`` takes them."""
+        return [
+            self.job(job_id),
+            self.job_events(job_id),
+            self.job_checkpoints(job_id),
+            self.job_states,
+            self.job_leases,
+            self.job_ring,
+            self.job_queue(tenant),
+            self.jobs_active(tenant),
+        ]
 
     def idempotency_index(self, tenant: str) -> str:
         """The tenant's remembered answers, by expiry."""

@@ -15,6 +15,8 @@ from redis.asyncio import Redis
 
 from server.errors import InvalidRequest, ModelNotFound, NotFound, Unavailable
 from server.store.connect import as_text, load_script
+from server.store.delta_fields import DeltaFields
+from server.store.job_records import JobEnding, StaleLease
 from server.store.keys import Keys
 from server.store.pins import Pins
 from server.store.reference import (
@@ -29,23 +31,6 @@ from server.store.reference import (
 from server.types import DEFAULT_TENANT, LIVE, DeltaRecord, Page, Visibility
 
 LARGEST_PAGE = 1000
-
-
-class DeltaFields(msgspec.Struct, frozen=True, kw_only=True):
-    """What the caller knows of a new version, and what never changes about it. See ``DeltaRecord``."""
-
-    digest: str
-    methods: list[str]
-    format: str
-    backbone: str
-    parameters: int
-    bytes: int
-    rank: int | None
-    sites: list[str]
-    task_kind: str | None = None
-    labels: list[str] | None = None
-    created_at: int
-    metadata: dict[str, str] = {}
 
 
 class RegistryCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +52,7 @@ class Registry:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._keys = keys
-        self._add = load_script(redis, "delta_add")
+        self._add = load_script(redis, "job_common", "delta_add")
         self._get = load_script(redis, "delta_get")
         self._versions = load_script(redis, "delta_versions")
         self._list = load_script(redis, "delta_list")
@@ -84,17 +69,19 @@ class Registry:
         *,
         visibility: Visibility | None = None,
         promote: bool = True,
+        ending: JobEnding | None = None,
     ) -> tuple[DeltaRecord, bool]:
-        """Register a version; the record, and whether it is new.
+        """Register a version; the record, and whether it is new. The tuning job that made it succeeds with it (``ending``).
 
         The same digest under the same name is the version that is already there, with its record as it was;
         a given ``visibility``, and ``promote``, apply to it too. ``visibility`` None: private when new. The
         alias ``live`` moves with ``promote``, and always to the first version.
 
-        Raises InvalidRequest (bad name), NotFound (no such tenant).
+        Raises InvalidRequest (bad name), NotFound (no such tenant), StaleLease (the job is no longer its worker's).
         """
         check_name(name)
         keys = self._keys
+        job_keys, job_args = ([], []) if ending is None else ending.parts(keys)
         reply = await self._add(
             keys=[
                 keys.tenants,
@@ -103,6 +90,7 @@ class Registry:
                 keys.digests,
                 keys.counts,
                 keys.quarantined,
+                *job_keys,
             ],
             args=[
                 "" if tenant == DEFAULT_TENANT else tenant,
@@ -111,10 +99,13 @@ class Registry:
                 msgspec.json.encode(fields),
                 visibility or "",
                 int(promote),
+                *job_args,
             ],
         )
         if reply is None:
             raise NotFound(f"tenant {shown(tenant)} does not exist", param="tenant")
+        if ending is not None and reply[0] == -1:
+            raise StaleLease(ending.lease.job)
         return _record(tenant, name, reply[1:]), bool(reply[0])
 
     async def resolve(self, tenant: str, reference: str) -> DeltaRecord:

@@ -12,7 +12,17 @@
 --      10 tasks        hash: the tenant's tasks
 --      11 their order  zset
 --      12 pins         hash: TENANT/NAME@VERSION -> TIER:DIGEST, of all tenants
+--      13 files        hash: the tenant's file ids
+--      14 their order  zset
+--      15 owners       hash: file id -> tenant, of all tenants
+--      16 jobs         zset: the tenant's tuning job ids
+--      17 states       hash: state -> how many jobs
+--      18 leases       zset: job id, by its lease's end
+--      19 ring         list: tenants with queued jobs
+--      20 queue        zset: the tenant's queued jobs
+--      21 active       set: its jobs that have not ended
 -- ARGV  1 tenant   2 what its delta hashes' names begin with (the rest is the delta's name; they depend on 5)
+--       3 what job hashes' names begin with (the rest is the job's id; they depend on 16)
 -- Gives the digests that no version of any tenant refers to any more, or nothing when there is no such tenant.
 
 if redis.call("HDEL", KEYS[1], ARGV[1]) == 0 then
@@ -46,5 +56,15 @@ for _, name in ipairs(names) do
   redis.call("DEL", ARGV[2] .. name)
 end
 redis.call("HINCRBY", KEYS[8], "names", -#names)
-redis.call("DEL", KEYS[4], KEYS[5], KEYS[9], KEYS[10], KEYS[11])
+for _, id in ipairs(redis.call("HKEYS", KEYS[13])) do
+  redis.call("HDEL", KEYS[15], id)
+end
+for _, id in ipairs(redis.call("ZRANGE", KEYS[16], 0, -1)) do
+  local job = ARGV[3] .. id
+  redis.call("HINCRBY", KEYS[17], redis.call("HGET", job, "status"), -1)
+  redis.call("ZREM", KEYS[18], id)
+  redis.call("DEL", job, job .. ":events", job .. ":checkpoints")
+end
+redis.call("LREM", KEYS[19], 0, ARGV[1])
+redis.call("DEL", KEYS[4], KEYS[5], KEYS[9], KEYS[10], KEYS[11], KEYS[13], KEYS[14], KEYS[16], KEYS[20], KEYS[21])
 return dropped

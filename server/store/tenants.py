@@ -93,7 +93,7 @@ class TenantStore:
         raise Unavailable(f"tenant {shown(name)} is being changed by too many at once")
 
     async def delete(self, name: str) -> list[str]:
-        """Delete a tenant with its keys, deltas, tasks and remembered answers, all at once.
+        """Delete a tenant with its keys, deltas, tasks, files, jobs and remembered answers, all at once.
 
         Gives the digests that no version of any tenant refers to any more. Raises NotFound, and Conflict for
         ``default``.
@@ -117,8 +117,17 @@ class TenantStore:
                     keys.tasks(name),
                     keys.task_order(name),
                     keys.pins,
+                    keys.files(name),
+                    keys.file_order(name),
+                    keys.file_owners,
+                    keys.jobs(name),
+                    keys.job_states,
+                    keys.job_leases,
+                    keys.job_ring,
+                    keys.job_queue(name),
+                    keys.jobs_active(name),
                 ],
-                args=[name, keys.delta(name, "")],
+                args=[name, keys.delta(name, ""), keys.job("")],
             )
         if gone is None:
             raise _no_tenant(name)

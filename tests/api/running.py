@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from deltas.backbones import describe
 from server import logging
 from server.api.address import bind
-from server.api.lifespan import Background, stats_handler
+from server.api.lifespan import Background, run_jobs, stats_handler
 from server.api.serve import drain, http_server
 from server.api.services import Backbone, Services
 from server.config import Settings
@@ -29,14 +29,19 @@ from server.metrics import Metrics
 from server.store.blobs import FileBlobs
 from server.store.connect import open_redis
 from server.store.deltas import DeltaStore
+from server.store.files import FileStore
 from server.store.idempotency import IdempotencyStore
+from server.store.jobs import JobStore
 from server.store.keys import Keys
 from server.store.registry import Registry
 from server.store.tasks import TaskStore
 from server.store.tenants import TenantStore
 from server.store.valkey import EmbeddedValkey
 from server.tenants.auth import Authenticator
+from server.tuning.jobs import worker_name
+from server.tuning.tuner import OpenTuner
 from tests.api.fakes import INFO, VOCAB, ByteTokenizer, FakeEngine
+from tests.api.preparing import prepare
 
 ADMIN = "admin-key-for-tests"
 HIDDEN = 16
@@ -84,8 +89,8 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, **settings: Any) -> Iterator[Running]:
-    """A server on a free port."""
+def running(folder: Path, open_tuner: OpenTuner | None = None, **settings: Any) -> Iterator[Running]:
+    """A server on a free port; one that runs tuning jobs if there is a tuner."""
     logging.configure("error", io.StringIO())
     started: list[Running] = []
     failed: list[BaseException] = []
@@ -102,21 +107,29 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
             tenants = TenantStore(redis, keys, b"secret" * 8)
             deltas = DeltaStore(Registry(redis, keys), FileBlobs(folder / "blobs"))
             await deltas.start()
+            files = FileStore(redis, keys, folder / "files")
+            await files.start()
             engine = FakeEngine()
             services = Services(
                 settings=config,
                 deltas=deltas,
                 tenants=tenants,
                 tasks=TaskStore(redis, keys),
+                files=files,
+                jobs=JobStore(redis, keys),
                 authenticator=Authenticator(tenants, ADMIN),
                 idempotency=IdempotencyStore(redis, keys),
                 engine=engine,
                 metrics=Metrics(),
+                worker=worker_name(folder / "jobs"),
+                prepare=prepare,
                 resident=Backbone(INFO, SPEC, ByteTokenizer()),
             )
             background = Background()
             stack.push_async_callback(background.stop)
             engine.on_stats = stats_handler(services, background)
+            if open_tuner is not None:
+                background.start(run_jobs(services, open_tuner))
             server = http_server(services)
             port = bound.getsockname()[1]
             started.append(

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api import idempotency, placement, uploads
+from server.api import idempotency, placement, tuning, uploads
 from server.api.auth import Served, authenticate_admin
 from server.api.body import parse_json, read_body
 from server.api.paging import After, Limit, listing
@@ -59,9 +59,12 @@ async def patch_tenant(name: str, request: Request, services: Served) -> Respons
 
 @router.delete("/{name}")
 async def delete_tenant(name: str, services: Served) -> Response:
-    """Delete a tenant with its keys and deltas."""
+    """Delete a tenant with its keys, deltas, files and jobs."""
+    files = await services.files.ids(name)
     async with placement.deleting(services):
         uploads.forget(services, await services.deltas.drop(await services.tenants.delete(name)))
+    await services.files.drop(files)
+    await tuning.sweep(services)
     services.metrics.forget_tenant(name)
     return JSONResponse({"id": name, "object": "tenant", "deleted": True})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from server.store.registry import DeltaFields
+from server.store.delta_fields import DeltaFields
 
 
 def digest_of(text: str) -> str:

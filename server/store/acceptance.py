@@ -1,23 +1,33 @@
-"""Whether an upload that was read without fault may be registered: what its first forward pass says of it."""
+"""Whether a delta that was uploaded or trained may be registered: what its first forward pass says of it."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Protocol
 
 from deltas.delta import Delta
 from deltas.formats.files import listed
 from server import logging
-from server.api.services import Services
 from server.errors import DeltaRefused
-from server.types import DeltaRef
+from server.metrics import Metrics
+from server.store.registry import Registry
+from server.types import DeltaRef, ProbeResult
 
-log = logging.get("server.api")
+log = logging.get("server.store")
 
 _NAMED = 4  # tensors in a message
 
 
-async def accept(services: Services, delta: Delta, file: Path) -> None:
+class Prober(Protocol):
+    """What is needed of the engine."""
+
+    async def load(self, delta: DeltaRef) -> ProbeResult: ...
+
+    def drop(self, digest: str) -> None: ...
+
+
+async def accept(engine: Prober, registry: Registry, metrics: Metrics, delta: Delta, file: Path) -> None:
     """Place the delta, whose native form is in ``file``, on the device, and judge what it does there.
 
     Refused is what cannot be placed or computed, what makes outputs NaN or infinite, and what changes nothing although
@@ -25,7 +35,7 @@ async def accept(services: Services, delta: Delta, file: Path) -> None:
     Raises ``DeltaRefused``.
     """
     digest = delta.digest
-    found = await services.engine.load(DeltaRef(digest, str(file)))
+    found = await engine.load(DeltaRef(digest, str(file)))
     param: str | None = "file"
     match found.outcome:
         case "changes" | "rounding":
@@ -40,13 +50,13 @@ async def accept(services: Services, delta: Delta, file: Path) -> None:
                 message += f"; all zero: {listed(zero, _NAMED)}; an untrained delta is like this"
         case "not_finite":
             message = f"the delta cannot be served: {found.message}"
-            if await services.registry.quarantine(digest, found.message):
-                services.metrics.quarantined()
+            if await registry.quarantine(digest, found.message):
+                metrics.quarantined()
                 log.error("delta_quarantined", digest=digest, reason=found.message)
         case "failed":
             message = f"the delta cannot be served: {found.message}"
-    if not await services.registry.referenced(digest):
-        services.engine.drop(digest)
+    if not await registry.referenced(digest):
+        engine.drop(digest)
     raise DeltaRefused(message, param=param)
 
 
