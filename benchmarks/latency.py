@@ -93,8 +93,9 @@ def add(client: Client, scratch: Path, seeds: range) -> list[Any]:
 async def names(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Milliseconds to find one name among so many, and to find a tenant's weight."""
     from server.store.connect import open_redis
+    from server.store.delta_fields import DeltaFields
     from server.store.keys import Keys
-    from server.store.registry import DeltaFields, Registry
+    from server.store.registry import Registry
     from server.store.tenants import TenantStore
     from server.store.valkey import EmbeddedValkey
     from server.types import DEFAULT_TENANT

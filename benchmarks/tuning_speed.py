@@ -189,7 +189,7 @@ def jobs(args: argparse.Namespace, scratch: Path) -> Callable[[], None]:
         folder.mkdir()
         rows = [Example(tokens, learn=[(1, len(tokens))]) for tokens in rows_of(args, job)]
         (folder / "train.msgpack").write_bytes(msgspec.msgpack.encode(rows))
-        settings = {
+        settings: dict[str, Any] = {
             "batch_size": len(rows),
             "epochs": 1000,
             "checkpoint_every": 10_000,

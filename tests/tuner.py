@@ -78,6 +78,9 @@ class StandIn:
             self._say(Checkpointed(job, step, str(write_checkpoint(folder, step))))
         self._say(Stopped(job, step))
 
+    def load(self, rows: int) -> None:
+        """Rests for nobody."""
+
     async def messages(self) -> AsyncIterator[FromTuner | TunerDied]:
         while True:
             yield await self._said.get()

@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +19,7 @@ from server.api import placement
 from server.api.services import Backbone, Services
 from server.config import Settings
 from server.engine.client import EngineClient
+from server.engine.memory import create_shared
 from server.errors import DeltaserveError
 from server.metrics import Metrics
 from server.store.blobs import FileBlobs
@@ -33,6 +35,7 @@ from server.store.tenants import TenantStore
 from server.store.valkey import EmbeddedValkey
 from server.tenants.auth import Authenticator
 from server.tenants.secrets import admin_key, server_secret
+from server.tuning.client import opener
 from server.tuning.data import prepare
 from server.tuning.jobs import JobService, worker_name
 from server.tuning.publish import Publisher
@@ -44,11 +47,8 @@ log = logging.get("server.api")
 
 
 @asynccontextmanager
-async def open_services(
-    settings: Settings, open_tuner: OpenTuner | None = None
-) -> AsyncGenerator[Services, None]:
-    """Everything the app needs. The engine is still loading on entry; ``watch_engine`` sees it through. Without
-    ``open_tuner`` jobs are taken and stay queued.
+async def open_services(settings: Settings) -> AsyncGenerator[Services, None]:
+    """Everything the app needs. The engine is still loading on entry; ``watch_engine`` sees it through.
 
     Raises ``OSError`` and the store's errors where the data folder or Redis cannot be used.
     """
@@ -65,6 +65,7 @@ async def open_services(
         jobs_folder = settings.data_dir / "jobs"
         files = FileStore(redis, keys, settings.data_dir / "files")
         await files.start()
+        weights = _shared_memory(stack) if settings.tuning == "on" else None
         services = Services(
             settings=settings,
             deltas=deltas,
@@ -74,7 +75,7 @@ async def open_services(
             jobs=JobStore(redis, keys),
             authenticator=Authenticator(tenants, settings.admin_key or admin_key(settings.data_dir)[0]),
             idempotency=IdempotencyStore(redis, keys),
-            engine=EngineClient(settings),
+            engine=EngineClient(settings, weights=weights),
             metrics=Metrics(),
             worker=await asyncio.to_thread(worker_name, jobs_folder),
             prepare=prepare,
@@ -89,8 +90,8 @@ async def open_services(
         background.start(watch_engine(services))
         tuning = Background()
         stack.push_async_callback(tuning.stop)  # before the engine, which publishing needs
-        if settings.tuning == "on" and open_tuner is not None:
-            tuning.start(run_jobs(services, open_tuner))
+        if weights is not None:
+            tuning.start(run_jobs(services, opener(weights)))
         if valkey is not None:
             background.start(keep_valkey(valkey, services))
         yield services
@@ -146,11 +147,11 @@ async def run_jobs(services: Services, open_tuner: OpenTuner) -> None:
         tools = Tools(services.jobs, tuner, publisher, services.metrics, info.name)
         service = JobService(tools, services.jobs_folder, services.worker, services.settings.max_jobs)
         await service.start()
-        services.tuning = service
+        services.tuning, services.on_load = service, tuner.load
         try:
             await asyncio.Event().wait()
         finally:
-            services.tuning = None
+            services.tuning = services.on_load = None
             await service.stop(services.settings.drain_seconds)
 
 
@@ -158,6 +159,8 @@ def stats_handler(services: Services, background: Background) -> Callable[[Engin
     """What to do with the engine's reports: metrics, and the registry's note of quarantined deltas."""
 
     def take(stats: EngineStats) -> None:
+        if services.on_load is not None:
+            services.on_load(stats.rows_running + stats.rows_waiting)
         for digest, reason in services.metrics.apply_stats(stats, services.engine.restarts).items():
             log.error("delta_quarantined", digest=digest, reason=reason)
             background.start(_quarantine(services, digest, reason))
@@ -188,6 +191,13 @@ def _describe(info: BackboneInfo) -> Backbone:
     config = AutoConfig.from_pretrained(info.folder, local_files_only=True)
     spec = as_stored(describe(config, info.revision), FrozenTensors(Path(info.folder)))
     return Backbone(info, spec, Tokenizer(Path(info.folder)))
+
+
+def _shared_memory(stack: AsyncExitStack) -> int:
+    """Memory for the backbone's weights, which the engine fills and the tuner maps."""
+    weights = create_shared()
+    stack.callback(os.close, weights)
+    return weights
 
 
 async def keep_valkey(valkey: EmbeddedValkey, services: Services) -> None:

@@ -81,7 +81,7 @@ class Services:
     """What routes work with. ``resident`` is set by the lifespan once the engine is ready; ``exporting`` lets one delta
     at a time be written in another library's form; ``placing`` is held by what changes pins; ``preparing`` lets one job's
     files at a time be encoded. ``worker`` is the name under which this process holds leases of jobs; ``tuning`` is there
-    while it runs them.
+    while it runs them, and ``on_load`` then hears how many rows the engine has.
     """
 
     settings: Settings
@@ -103,6 +103,7 @@ class Services:
     preparing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     tuning: JobService | None = None
     on_ready: Callable[[Backbone], None] | None = None
+    on_load: Callable[[int], None] | None = None
 
     @property
     def registry(self) -> Registry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -27,6 +27,8 @@ from server.tuning.messages import (
 )
 from server.tuning.process import TunerConfig
 from server.tuning.spec import JobSpec
+from server.tuning.tuner import OpenTuner
+from server.types import BackboneInfo
 
 log = structlog.get_logger(__name__)
 
@@ -150,6 +152,20 @@ class TunerClient:
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
+
+
+def opener(weights: int) -> OpenTuner:
+    """Opens clients of a tuner on the weights in the memory ``weights``."""
+
+    @contextlib.asynccontextmanager
+    async def opened(settings: Settings, _info: BackboneInfo) -> AsyncGenerator[TunerClient, None]:
+        client = TunerClient(settings, weights)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    return opened
 
 
 def _why(code: int) -> str:

@@ -21,6 +21,9 @@ class Tuner(Protocol):
     async def stop(self, job: str, *, keep: bool) -> None:
         """End a job after the step in progress; with a checkpoint if ``keep``. ``Stopped`` follows."""
 
+    def load(self, rows: int) -> None:
+        """The engine has so many rows to compute."""
+
     def messages(self) -> AsyncIterator[FromTuner | TunerDied]:
         """What it says, in order, until it is closed."""
 

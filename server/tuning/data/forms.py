@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -162,7 +163,7 @@ def _number(values: Mapping[str, Any]) -> float:
 
 def _spans(values: Mapping[str, Any]) -> Tagged:
     text = text_of(values, "text")
-    given = values["spans"] if "spans" in values else None
+    given = values.get("spans")
     if not isinstance(given, list):
         raise RowError("wrong_type", "'spans' must be a list of {start, end, label}", "spans")
     marks: list[tuple[int, int, str]] = []
@@ -178,7 +179,7 @@ def _spans(values: Mapping[str, Any]) -> Tagged:
             raise RowError("invalid_span", message, f"spans[{n}]")
         marks.append((start, end, text_of(span, "label", f"spans[{n}].label")))
     marks.sort()
-    for before, mark in zip(marks, marks[1:], strict=False):
+    for before, mark in itertools.pairwise(marks):
         if mark[0] < before[1]:
             message = f"two spans overlap: {before[0]} to {before[1]}, and {mark[0]} to {mark[1]}"
             raise RowError("invalid_span", message, "spans")
