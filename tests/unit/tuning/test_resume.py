@@ -14,8 +14,9 @@ import torch
 
 from deltas.formats import native
 from server.tuning import checkpoint
+from server.tuning.components import components_of
 from server.tuning.forward import Passes
-from server.tuning.messages import Checkpointed, Evaluated, Finished
+from server.tuning.messages import Checkpointed, Finished
 from server.tuning.run import Run
 from server.tuning.spec import EarlyStopping
 from server.tuning.trainer import Trainer
@@ -104,15 +105,24 @@ def test_the_newest_whole_one_wins(tmp_path: Path) -> None:
 
 
 def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
+    rows = tuning.examples("generate", 4)
     passes = tuning.passes_of("llama")
-    run = open_run(passes, tmp_path / "job", learning_rate=3.0, schedule="constant", epochs=6)
-    said = tuning.train(passes, run)
-    best = [message.step for message in said if isinstance(message, Evaluated) and message.best][-1]
-    (finished,) = (message for message in said if isinstance(message, Finished))
-    assert finished.best_step == best < run.steps - checkpoint.KEPT * 2
-    kept = {int(path.name[5:]) for path in (tmp_path / "job" / "checkpoints").iterdir()}
-    assert kept == {best, run.steps, run.steps - 2, run.steps - 4}
-    assert native.load(Path(finished.file)).parameters > 0
+    components = components_of(
+        tuning.job(tmp_path / "job", [tuning.method(passes, "ln")], "generate", rows),
+        passes.weights,
+        passes.backbone.device,
+    )
+    folder = tmp_path / "job" / "checkpoints"
+    for step in (1, 2, 3, 5, 8, 13):
+        checkpoint.write(
+            folder, checkpoint.Saved(step, {"x": torch.ones(step)}, {"n": step}), components.delta()
+        )
+        checkpoint.prune(folder, best=2)
+    assert {path.name for path in folder.iterdir()} == {"step-2", "step-5", "step-8", "step-13"}
+    newest = checkpoint.newest(folder)
+    assert newest is not None
+    assert (newest.step, newest.numbers) == (13, {"n": 13})
+    assert torch.equal(newest.tensors["x"], torch.ones(13))
 
 
 def test_early_stopping(tmp_path: Path) -> None:
