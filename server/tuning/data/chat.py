@@ -9,7 +9,11 @@ from server.tuning.data.problems import RowError
 from server.tuning.data.tokenizer import Tokenizer
 from server.types import CHAT_ROLES
 
-EMPTY = ("tools", "functions", "parallel_tool_calls")  # keys of OpenAI's rows that may be there without content
+EMPTY = (
+    "tools",
+    "functions",
+    "parallel_tool_calls",
+)  # keys of OpenAI's rows that may be there without content
 _KEYS = frozenset({"role", "content", "name", "weight", "refusal", "tool_calls", "function_call", "audio"})
 
 
@@ -32,7 +36,7 @@ def read(values: Mapping[str, Any]) -> Chat:
     for key in ("tools", "functions"):
         if values.get(key):
             raise RowError("unsupported_field", f"'{key}' cannot be learnt: leave it out", key)
-    given = values["messages"] if "messages" in values else None
+    given = values.get("messages", None)
     if not isinstance(given, list) or not given:
         raise RowError("wrong_type", "'messages' must be a list of messages, at least one", "messages")
     messages: list[dict[str, str]] = []
@@ -42,7 +46,9 @@ def read(values: Mapping[str, Any]) -> Chat:
         if messages[-1]["role"] == "assistant" and message.get("weight") != 0:
             learnt.append(n)
     if messages[-1]["role"] != "assistant":
-        raise RowError("last_message", "the last message must be the assistant's", f"messages[{len(given) - 1}].role")
+        raise RowError(
+            "last_message", "the last message must be the assistant's", f"messages[{len(given) - 1}].role"
+        )
     if not learnt:
         raise RowError("nothing_to_learn", "every assistant's message has weight 0", "messages")
     return Chat(messages, learnt)
@@ -98,7 +104,9 @@ def render(chat: Chat, tokenizer: Tokenizer) -> list[Learnable]:
     for place in chat.learnt:
         prompt = tokenizer.render(chat.messages[:place], None) if place else []
         last = place == len(chat.messages) - 1
-        end = whole if last else tokenizer.render(chat.messages[: place + 1], None, add_generation_prompt=False)
+        end = (
+            whole if last else tokenizer.render(chat.messages[: place + 1], None, add_generation_prompt=False)
+        )
         if not (_begins(whole, prompt) and _begins(whole, end)):
             return [_turn(chat, place, tokenizer) for place in chat.learnt]
         learn.append((len(prompt), len(end)))

@@ -54,7 +54,13 @@ def items(source: Path, name: str, forms: Forms, problems: Problems) -> Iterator
 
 
 def encode_file(
-    source: Path, to: Path, name: str, forms: Forms, encoder: Encoder, labels: Sequence[str], problems: Problems
+    source: Path,
+    to: Path,
+    name: str,
+    forms: Forms,
+    encoder: Encoder,
+    labels: Sequence[str],
+    problems: Problems,
 ) -> tuple[EncodedFile, Seen]:
     """Encode ``source`` (``name`` in messages) to a msgpack list of examples at ``to``, durably; rows that cannot be
     used go to ``problems``."""

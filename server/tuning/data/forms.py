@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -162,13 +163,15 @@ def _number(values: Mapping[str, Any]) -> float:
 
 def _spans(values: Mapping[str, Any]) -> Tagged:
     text = text_of(values, "text")
-    given = values["spans"] if "spans" in values else None
+    given = values.get("spans", None)
     if not isinstance(given, list):
         raise RowError("wrong_type", "'spans' must be a list of {start, end, label}", "spans")
     marks: list[tuple[int, int, str]] = []
     for n, span in enumerate(given):
         if not isinstance(span, dict):
-            raise RowError("wrong_type", f"'spans[{n}]' must be an object {{start, end, label}}", f"spans[{n}]")
+            raise RowError(
+                "wrong_type", f"'spans[{n}]' must be an object {{start, end, label}}", f"spans[{n}]"
+            )
         places = [span.get("start"), span.get("end")]
         start, end = (place if type(place) is int else -1 for place in places)
         if not 0 <= start < end <= len(text):
@@ -176,7 +179,7 @@ def _spans(values: Mapping[str, Any]) -> Tagged:
             raise RowError("invalid_span", message, f"spans[{n}]")
         marks.append((start, end, text_of(span, "label", f"spans[{n}].label")))
     marks.sort()
-    for before, mark in zip(marks, marks[1:], strict=False):
+    for before, mark in itertools.pairwise(marks):
         if mark[0] < before[1]:
             message = f"two spans overlap: {before[0]} to {before[1]}, and {mark[0]} to {mark[1]}"
             raise RowError("invalid_span", message, "spans")

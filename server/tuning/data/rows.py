@@ -33,7 +33,9 @@ def rows(path: Path) -> Iterator[Row]:
     if not first.text or first.text.lstrip().startswith("{"):
         yield from _objects(first, given)
     elif first.text.lstrip().startswith("["):
-        message = "the file is one JSON array: write one object a line, without brackets and commas around them"
+        message = (
+            "the file is one JSON array: write one object a line, without brackets and commas around them"
+        )
         yield Row(first.number, {}, RowError("not_jsonl", message))
     elif "label" in (header := _header(first.text)):
         yield from _table(header, first, path)
@@ -80,7 +82,9 @@ def _table(header: list[str], first: Line, path: Path) -> Iterator[Row]:
         try:
             values = next(reader, None)
         except csv.Error as error:
-            yield Row(source.start, {}, source.error or RowError("invalid_csv", f"the row is not CSV: {error}"))
+            yield Row(
+                source.start, {}, source.error or RowError("invalid_csv", f"the row is not CSV: {error}")
+            )
             continue
         if values is None:
             return
@@ -92,7 +96,9 @@ def _table(header: list[str], first: Line, path: Path) -> Iterator[Row]:
 
 def _record(line: int, header: list[str], values: list[str]) -> Row:
     if len(values) != len(header):
-        message = f"the row has {len(values)} columns, the header {len(header)}: quote values that hold commas"
+        message = (
+            f"the row has {len(values)} columns, the header {len(header)}: quote values that hold commas"
+        )
         return Row(line, {}, RowError("invalid_csv", message))
     return Row(line, dict(zip(header, values, strict=True)))
 

@@ -20,7 +20,9 @@ def names_of(item: Tagged) -> Iterable[str]:
     for _, _, label in item.marks:
         if item.by_word:
             yield label
-            if label.startswith("B-"):  # what goes on with it, where the tokenizer has more words than the row
+            if label.startswith(
+                "B-"
+            ):  # what goes on with it, where the tokenizer has more words than the row
                 yield f"I-{label[2:]}"
         else:
             yield f"B-{label}"
@@ -80,10 +82,7 @@ class Scheme:
     def _number(self, label: str | None, first: bool, last: bool) -> int:
         if label is None or not self._prefixed:
             return self._numbers.get(label or OUTSIDE, IGNORED)
-        if first and last:
-            order = _ONLY
-        else:
-            order = _FIRST if first else _LAST if last else _INSIDE
+        order = _ONLY if first and last else _FIRST if first else _LAST if last else _INSIDE
         wanted = (f"{prefix}-{label}" for prefix in order + _PREFIXES)
         return next(self._numbers[name] for name in wanted if name in self._numbers)
 
@@ -98,9 +97,7 @@ def _trimmed(text: str, tokens: Sequence[tuple[int, int, int]]) -> tuple[int, in
     return start, end
 
 
-def _owner(
-    spans: Sequence[tuple[int, int, str]], ends: Sequence[int], start: int, end: int
-) -> int | None:
+def _owner(spans: Sequence[tuple[int, int, str]], ends: Sequence[int], start: int, end: int) -> int | None:
     """The first span that has a character of the word."""
     at = bisect_right(ends, start)
     return at if at < len(spans) and spans[at][0] < end else None

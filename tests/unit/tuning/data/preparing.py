@@ -28,7 +28,9 @@ class Job:
     def prepare(
         self, task: Any, train: Rows, valid: Rows | None = None, *, template: Stored = None, **given: Any
     ) -> Prepared:
-        files = [self.write(name, rows) for name, rows in (("train", train), ("valid", valid)) if rows is not None]
+        files = [
+            self.write(name, rows) for name, rows in (("train", train), ("valid", valid)) if rows is not None
+        ]
         options = {"labels": None, "max_length": 64, "positions": 256} | given
         return prepare(
             files[0],

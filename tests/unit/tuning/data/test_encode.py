@@ -84,13 +84,19 @@ def test_conversations(decoder: Job) -> None:
     (example,) = decoder.examples()
     text, learnt = shown(decoder, example)
     assert learnt == ["one<|end|>", "three<|end|>"]
-    assert text.startswith("<|start|>system\ns<|end|>\n<|start|>user\nhi<|end|>\n<|start|>assistant\none<|end|>\n")
-    plain = [{"role": m["role"], "content": "hi" if m["content"] is parts else m["content"]} for m in messages]
+    assert text.startswith(
+        "<|start|>system\ns<|end|>\n<|start|>user\nhi<|end|>\n<|start|>assistant\none<|end|>\n"
+    )
+    plain = [
+        {"role": m["role"], "content": "hi" if m["content"] is parts else m["content"]} for m in messages
+    ]
     for place, (start, _) in zip((2, 6), example.learn, strict=True):
         assert example.tokens[:start] == decoder.tokenizer.render(plain[:place])
 
 
-def test_a_template_that_forgets_makes_an_example_of_each_turn(decoder: Job, tmp_path: Path, llama: Tokenizer) -> None:
+def test_a_template_that_forgets_makes_an_example_of_each_turn(
+    decoder: Job, tmp_path: Path, llama: Tokenizer
+) -> None:
     llama._chat.save_pretrained(tmp_path / "forgetful")
     (tmp_path / "forgetful" / "chat_template.jinja").write_text(FORGETFUL)
     job = Job(tmp_path, Tokenizer(tmp_path / "forgetful"), "decoder")
@@ -119,7 +125,11 @@ def test_a_template_that_forgets_makes_an_example_of_each_turn(decoder: Job, tmp
         ([say("user", "x"), say("assistant", "x", weight=2)], "messages[1].weight", "invalid_weight"),
         ([say("user", "x", weight=1), say("assistant", "x")], "messages[0].weight", "invalid_weight"),
         ([say("user", "x"), say("assistant", "x", weight=0)], "messages", "nothing_to_learn"),
-        ([say("user", "x"), say("assistant", "x", tool_calls=[{}])], "messages[1].tool_calls", "unsupported_field"),
+        (
+            [say("user", "x"), say("assistant", "x", tool_calls=[{}])],
+            "messages[1].tool_calls",
+            "unsupported_field",
+        ),
         ([say("user", "x"), say("assistant", "x", wieght=0)], "messages[1]", "unsupported_field"),
     ],
 )
@@ -138,11 +148,17 @@ def test_long_examples_of_a_decoder(decoder: Job) -> None:
     assert [(w.code, w.count, w.lines) for w in found.warnings] == [("truncated", 1, [1])]
     with pytest.raises(DatasetInvalid) as caught:
         decoder.prepare("generate", rows, positions=10)
-    assert [(row.line, row.code) for row in caught.value.rows] == [(1, "completion_cut"), (2, "completion_cut")]
+    assert [(row.line, row.code) for row in caught.value.rows] == [
+        (1, "completion_cut"),
+        (2, "completion_cut"),
+    ]
 
 
 def test_an_encoder_reads_as_a_task_does(encoder: Job) -> None:
-    rows = [{"a": "w5 [MASK]", "b": "w6 w7", "label": 0.5}, {"a": "w8", "b": " ".join(["w9"] * 20), "label": "-1"}]
+    rows = [
+        {"a": "w5 [MASK]", "b": "w6 w7", "label": 0.5},
+        {"a": "w8", "b": " ".join(["w9"] * 20), "label": "-1"},
+    ]
     encoder.prepare("regress", rows, template=["{a}", "{b}!"], max_length=12)
     for row, example in zip(rows, encoder.examples(), strict=True):
         pieces = [[TextPiece(str(row["a"]), False)], [TextPiece(str(row["b"]), False), TextPiece("!", True)]]
@@ -163,7 +179,9 @@ def test_an_encoder_decoder(seq2seq: Job) -> None:
     rows = [{"prompt": "w5 w6", "completion": "w7 w8"}, {"prompt": " ".join(["w5"] * 20), "completion": "w7"}]
     found = seq2seq.prepare("generate", rows, max_length=8)
     one, cut = seq2seq.examples()
-    assert one == Example(tokens=seq2seq.tokenizer.encode("w5 w6"), target=[*seq2seq.tokenizer.encode("w7 w8")])
+    assert one == Example(
+        tokens=seq2seq.tokenizer.encode("w5 w6"), target=[*seq2seq.tokenizer.encode("w7 w8")]
+    )
     assert cut.tokens == seq2seq.tokenizer.encode_within(rows[1]["prompt"], 8)
     assert [warning.code for warning in found.warnings] == ["truncated"]
     seq2seq.prepare("generate", [{"text": "w5", "label": "w7"}], template="{text} w6")

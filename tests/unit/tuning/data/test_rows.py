@@ -27,7 +27,10 @@ def read(path: Path, content: bytes) -> list[tuple[int, object]]:
         (f"{ROW}\n{ROW}".encode(), [(1, VALUES), (2, VALUES)]),
         (f"\ufeff{ROW}\r\n\r\n  \n{ROW}\r\n".encode(), [(1, VALUES), (4, VALUES)]),
         (f"\n\n{ROW}".encode(), [(3, VALUES)]),
-        (f"{ROW}\nnull\n[1]\n{{\n{ROW} x\n".encode(), [(1, VALUES), *((n, "invalid_json") for n in (2, 3, 4, 5))]),
+        (
+            f"{ROW}\nnull\n[1]\n{{\n{ROW} x\n".encode(),
+            [(1, VALUES), *((n, "invalid_json") for n in (2, 3, 4, 5))],
+        ),
         (ROW.encode() + b'\n{"text": "\xff"}\n' + ROW.encode(), [(1, VALUES), (2, "not_utf8"), (3, VALUES)]),
         (b'{"text": "\xff"}\n' + ROW.encode(), [(1, "not_utf8"), (2, VALUES)]),
         (b'{"text": "\\ud800"}', [(1, "invalid_json")]),
@@ -61,7 +64,7 @@ def test_tables(tmp_path: Path, content: str, found: list[tuple[int, object]]) -
 
 
 def test_bad_bytes_of_a_table(tmp_path: Path) -> None:
-    content = 'text,label\n"a\n'.encode() + b"\xe9\n" + 'b",a\né,a\n'.encode()
+    content = b'text,label\n"a\n' + b"\xe9\n" + 'b",a\né,a\n'.encode()
     assert read(tmp_path / "x", content) == [(2, "not_utf8"), (5, VALUES)]
 
 

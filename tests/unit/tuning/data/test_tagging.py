@@ -58,7 +58,9 @@ def test_a_border_inside_a_word_is_a_warning(encoder: Job) -> None:
 
 
 def test_a_cut_text(encoder: Job) -> None:
-    found = encoder.prepare("tag", [{"text": " ".join(["w5"] * 20), "spans": [span(0, 59, "X")]}], max_length=8)
+    found = encoder.prepare(
+        "tag", [{"text": " ".join(["w5"] * 20), "spans": [span(0, 59, "X")]}], max_length=8
+    )
     assert names(encoder, found.labels) == [[None, "B-X", *["I-X"] * 5, None]]
     assert [warning.code for warning in found.warnings] == ["truncated"]
 
