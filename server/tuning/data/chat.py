@@ -36,7 +36,7 @@ def read(values: Mapping[str, Any]) -> Chat:
     for key in ("tools", "functions"):
         if values.get(key):
             raise RowError("unsupported_field", f"'{key}' cannot be learnt: leave it out", key)
-    given = values.get("messages")
+    given = values.get("messages", None)
     if not isinstance(given, list) or not given:
         raise RowError("wrong_type", "'messages' must be a list of messages, at least one", "messages")
     messages: list[dict[str, str]] = []

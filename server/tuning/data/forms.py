@@ -163,7 +163,7 @@ def _number(values: Mapping[str, Any]) -> float:
 
 def _spans(values: Mapping[str, Any]) -> Tagged:
     text = text_of(values, "text")
-    given = values.get("spans")
+    given = values.get("spans", None)
     if not isinstance(given, list):
         raise RowError("wrong_type", "'spans' must be a list of {start, end, label}", "spans")
     marks: list[tuple[int, int, str]] = []

@@ -82,7 +82,7 @@ class Scheme:
     def _number(self, label: str | None, first: bool, last: bool) -> int:
         if label is None or not self._prefixed:
             return self._numbers.get(label or OUTSIDE, IGNORED)
-        order = {(True, True): _ONLY, (True, False): _FIRST, (False, True): _LAST}.get((first, last), _INSIDE)
+        order = _ONLY if first and last else _FIRST if first else _LAST if last else _INSIDE
         wanted = (f"{prefix}-{label}" for prefix in order + _PREFIXES)
         return next(self._numbers[name] for name in wanted if name in self._numbers)
 
