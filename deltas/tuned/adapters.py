@@ -64,7 +64,7 @@ class BottleneckTuning(_Adapter):
     """A two-layer perceptron at the ends of blocks. A preset has the blocks, width, activation and scale of AdapterHub's
     configuration of that name (in sequence it reads the block's output, whichever norm AdapterHub puts before it)."""
 
-    learning_rate = 1e-3
+    learning_rate = 2e-3
     stored = "bottleneck"
 
     def __init__(

@@ -26,7 +26,7 @@ class PromptTuning(Trained):
     vocabulary, or of a given text, repeated or cut to the length), or with normal numbers of the table's deviation."""
 
     name = "prompt"
-    learning_rate = 3e-2
+    learning_rate = 5e-2
     kinds = (SiteKind.EMBEDDING,)
     where = "the token embedding (of an encoder-decoder: the encoder's)"
     known = (
@@ -86,7 +86,7 @@ class PrefixTuning(Trained):
     that is folded into them when it is stored. Begins at small normal numbers."""
 
     name = "prefix"
-    learning_rate = 3e-2
+    learning_rate = 5e-2
     kinds = (SiteKind.KV,)
     where = "the self-attention of every layer"
     known = (
