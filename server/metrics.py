@@ -7,6 +7,7 @@ bears a tenant or a delta label, so the number of series does not grow with eith
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -78,6 +79,7 @@ class Metrics:
         for tier in ("device", "host", "disk"):
             self._resident.labels(tier).set(0)
             self._delta_bytes.labels(tier).set(0)
+        self.jobs(dict.fromkeys(get_args(JobState), 0))
         for tier in ("host", "disk"):
             self._loads.labels(tier)
         self._engine_up.set(0)

@@ -114,7 +114,7 @@ async def rehearse(services: Services, caller: Principal, body: JobRequest) -> d
         "trained_tokens": trained,
         "estimated_seconds": round(estimate.seconds(trained, info.parameters, device), 1),
         "steps": submit.steps(spec, data),
-        "warnings": [warning._asdict() for warning in data.warnings],
+        "warnings": msgspec.to_builtins([*data.warnings]),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from server.tuning.worker import Ask, Tools, Worker
 log = logging.get("server.tuning")
 
 _TICK_SECONDS = 1.0
+_INSIST_SECONDS = 0.5
 
 
 @dataclass
@@ -56,17 +58,17 @@ class JobService:
     async def stop(self, seconds: float) -> None:
         """Claim nothing more; every job makes a checkpoint and is queued again, in ``seconds`` at most."""
         tend, *listen = self._tasks
-        await _cancelled([tend])
+        await ended([tend])
         held = [*self._held.values()]
         for one in held:
             one.worker.inbox.put_nowait(Ask())
         renewing = asyncio.create_task(self._renew_for_ever())
         if held:
             await asyncio.wait([one.task for one in held], timeout=seconds)
-        await _cancelled([renewing, *listen])
+        await ended([renewing, *listen])
         for one in held:
             if not one.task.done():
-                await _cancelled([one.task])
+                await ended([one.task])
                 await one.worker.rest()
 
     def nudge(self) -> None:
@@ -138,7 +140,7 @@ class JobService:
         job = one.worker.lease.job
         if one.task.done():
             return  # it ended between the two
-        await _cancelled([one.task])
+        await ended([one.task])
         await self._tools.tuner.stop(job, keep=False)
         log.info("tuning_job_gone", job=job)
         await self.tidy(one.worker.lease.tenant, job)
@@ -174,7 +176,10 @@ def worker_name(root: Path) -> str:
     return (root / "worker").read_text()
 
 
-async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks and wait for their ends; once more where a library kept the cancellation to itself."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_INSIST_SECONDS)

@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import typer
 
-from server.api.routes import deltas, encode, generate, health, metrics, models, tasks, tenants, tokenize
+from server.api.routes import (
+    deltas,
+    encode,
+    files,
+    fine_tuning,
+    generate,
+    health,
+    metrics,
+    models,
+    tasks,
+    tenants,
+    tokenize,
+)
 from server.cli import app
 from server.config import ENV_PREFIX, Settings
 
@@ -96,7 +108,19 @@ def test_a_wrong_command_or_flag_is_noticed() -> None:
 
 
 def test_the_reference_has_every_route_and_no_other() -> None:
-    modules = (deltas, encode, generate, health, metrics, models, tasks, tenants, tokenize)
+    modules = (
+        deltas,
+        encode,
+        files,
+        fine_tuning,
+        generate,
+        health,
+        metrics,
+        models,
+        tasks,
+        tenants,
+        tokenize,
+    )
     routers = [module.router for module in modules]
     served = {
         (method, route.path) for router in routers for route in router.routes for method in route.methods

@@ -22,7 +22,7 @@ from server.store.job_records import JobRecord
 from server.store.jobs import JobStore
 from server.store.keys import Keys
 from server.store.registry import Registry
-from server.tuning.jobs import JobService, worker_name
+from server.tuning.jobs import JobService, ended, worker_name
 from server.tuning.publish import Publisher
 from server.tuning.spec import JobSpec
 from server.tuning.worker import MOST_DEATHS, Tools
@@ -76,9 +76,7 @@ class Bench:
     async def kill(self, service: JobService, tuner: StandIn) -> None:
         self.running.remove((service, tuner))
         tasks = [*service._tasks, *(held.task for held in service._held.values())]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(tasks)
         await tuner.close()
 
     async def submit(self, name: str = "mine") -> str:
@@ -131,7 +129,9 @@ async def test_a_job_becomes_a_delta(bench: Bench) -> None:
     assert len(text.splitlines()) == 1 + STEPS
     steps = [one.step for one in await bench.jobs.checkpoints(job)]
     assert steps == [6, 4, 2]
-    assert sorted(path.name for path in (bench.root / job).iterdir()) == ["served"]
+    async with asyncio.timeout(10):
+        while [path.name for path in (bench.root / job).iterdir()] != ["served"]:
+            await asyncio.sleep(0.01)
     metrics = bench.metrics.render().decode()
     assert f"deltaserve_tuning_steps_total {STEPS}.0" in metrics
     assert f"deltaserve_tuning_tokens_total {STEPS * TOKENS}.0" in metrics
@@ -283,10 +283,6 @@ async def test_publishing_waits_for_the_engine(bench: Bench) -> None:
     bench.probe.verdicts = [EngineRestarting("away"), EngineRestarting("still away")]
     await bench.begin()
     await bench.until(await bench.submit(), "succeeded")
-
-
-class Crash(BaseException):
-    """The process is gone."""
 
 
 @pytest.mark.parametrize("point", ["accept", "results", "put", "registered"])
