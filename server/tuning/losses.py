@@ -39,7 +39,7 @@ def total(spec: JobSpec, examples: Sequence[Example], output: Output) -> Tensor:
         return output.losses.sum()
     scores = output.outputs
     if spec.task == "regress":
-        wanted = torch.tensor([float(_value(example)) for example in examples], device=scores.device)
+        wanted = torch.tensor([float(value_of(example)) for example in examples], device=scores.device)
         return F.mse_loss(scores.squeeze(-1), wanted, reduction="sum")
     weights = None
     if spec.class_weights is not None:
@@ -54,7 +54,7 @@ def total(spec: JobSpec, examples: Sequence[Example], output: Output) -> Tensor:
     )
 
 
-def _value(example: Example) -> float:
+def value_of(example: Example) -> float:
     if not isinstance(example.label, int | float):
         raise TypeError("a row to regress has a number as its label")
     return float(example.label)
@@ -64,5 +64,5 @@ def classes(examples: Sequence[Example]) -> list[int]:
     """The classes of rows, or of all their tokens."""
     found: list[int] = []
     for example in examples:
-        found += example.label if isinstance(example.label, list) else [int(_value(example))]
+        found += example.label if isinstance(example.label, list) else [int(value_of(example))]
     return found

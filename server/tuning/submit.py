@@ -15,6 +15,7 @@ import msgspec
 from deltas.errors import DeltaError
 from deltas.sites import BackboneSpec
 from deltas.tuned import tunable
+from deltas.tuned.targets import before_head
 from server.errors import InvalidRequest, UnsupportedTask
 from server.tuning.spec import EarlyStopping, InitFrom, JobSpec, MethodSpec, Task
 
@@ -106,6 +107,7 @@ def method_specs(methods: Sequence[MethodChoice], spec: BackboneSpec, task: Task
     Raises InvalidRequest naming the field of the request.
     """
     found = []
+    within = before_head(spec) if task in HEADED else spec
     for index, choice in enumerate(methods):
         where = f"delta.methods.{index}"
         if choice.method in ("head", "head_only"):
@@ -115,7 +117,7 @@ def method_specs(methods: Sequence[MethodChoice], spec: BackboneSpec, task: Task
         try:
             method = tunable(choice.method)
             options = method.options(choice.options, spec)
-            sites = method.sites(choice.targets, spec)
+            sites = method.sites(choice.targets, within)
         except DeltaError as error:
             raise InvalidRequest(f"Invalid '{where}': {error}", param=f"{where}.{error.field}") from error
         found.append(MethodSpec(method=method.name, options=options, targets=[site.name for site in sites]))

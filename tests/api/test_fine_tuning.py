@@ -111,14 +111,17 @@ def test_a_job_from_file_to_model(client: openai.OpenAI, http: httpx.Client) -> 
     assert (end.status, end.fine_tuned_model, end.error) == ("succeeded", "mine", None)
     assert end.trained_tokens
     text = client.files.content(end.result_files[0]).text
-    assert text.startswith("step,epoch,train_loss") and len(text.splitlines()) == STEPS + 1
+    assert text.startswith("step,epoch,train_loss")
+    assert len(text.splitlines()) == STEPS + 1
     answer = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "hi"}])
     assert answer.choices[0].message.content
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=5))
-    assert events[-1].message.startswith("Created") and "successfully" in events[0].message
+    assert events[-1].message.startswith("Created")
+    assert "successfully" in events[0].message
     points = client.fine_tuning.jobs.checkpoints.list(job.id).data
     assert [point.step_number for point in points] == [6, 4, 2]
-    assert points[0].metrics.train_loss and points[0].metrics.full_valid_loss
+    assert points[0].metrics.train_loss
+    assert points[0].metrics.full_valid_loss
     name = points[1].fine_tuned_model_checkpoint
     answer = client.chat.completions.create(model=name, messages=[{"role": "user", "content": "hi"}])
     assert answer.choices[0].message.content

@@ -14,6 +14,7 @@ GAUGES = {
     "deltas_resident",
     "delta_bytes",
     "engine_up",
+    "jobs",
 }
 COUNTERS = {
     "requests",
@@ -26,6 +27,8 @@ COUNTERS = {
     "delta_load_failures",
     "deltas_quarantined",
     "admission_rejections",
+    "tuning_steps",
+    "tuning_tokens",
 }
 HISTOGRAMS = {
     "time_to_first_token_seconds",
