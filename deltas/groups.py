@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 from deltas.sites import BackboneSpec, Site, SiteKind
 
@@ -58,8 +61,9 @@ def site_groups(spec: BackboneSpec) -> list[SiteGroup]:
     return groups
 
 
-def places(spec: BackboneSpec) -> dict[str, Place]:
-    """Site name -> its place, parts of fused linears included."""
+@lru_cache(maxsize=8)
+def places(spec: BackboneSpec) -> Mapping[str, Place]:
+    """Site name -> its place, parts of fused linears included. Kept by spec: every delta that is packed asks."""
     found = {
         site.name: Place(group, site, offset)
         for group in site_groups(spec)
@@ -70,7 +74,7 @@ def places(spec: BackboneSpec) -> dict[str, Place]:
         if site.part:
             place = whole[site.path]
             found[site.name] = Place(place.group, site, place.out0 + site.offset)
-    return found
+    return MappingProxyType(found)
 
 
 def _of_decoder(name: str, spec: BackboneSpec) -> bool:

@@ -7,7 +7,7 @@ architecture family that maps site names to module paths; everything above this 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Literal
@@ -91,7 +91,9 @@ class BackboneSpec:
     vocab: int
     max_positions: int
     pre_norm: bool
-    sites: Mapping[str, Site]
+    sites: Mapping[str, Site] = field(
+        hash=False
+    )  # no mapping has a hash; specs that differ here alone are still unequal
     kind: Literal["decoder", "encoder", "encoder-decoder"] = "decoder"
     base_prefix: str = "model"
     conv1d: bool = False

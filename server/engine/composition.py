@@ -17,7 +17,7 @@ HEAD = "head"
 class Composition:
     """What the layers apply, and what the head applies to the lines that have logits."""
 
-    key: tuple[object, ...]
+    key: tuple[tuple[int, ...], tuple[tuple[int, int], ...]]  # the rows' deltas by id, and their sizes
     body: Plan | None
     head: Plan | None
 
@@ -47,6 +47,7 @@ class Compositions:
         self._kept = Composition(key, self._ops.plan(body, tokens), self._ops.plan(head, lines))
         return self._kept
 
-    def forget(self) -> None:
+    def forget(self, delta: PackedDelta) -> None:
         """A delta left the device: nothing kept here may name it any more."""
-        self._kept = None
+        if self._kept is not None and id(delta) in self._kept.key[0]:
+            self._kept = None

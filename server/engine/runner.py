@@ -213,7 +213,7 @@ class Runner:
     def forget(self, delta: PackedDelta) -> None:
         """A delta left the device: nothing kept here may name it any more."""
         self.ops.forget(delta)
-        self._compositions.forget()
+        self._compositions.forget(delta)
         if self.graphs is not None:
             self.graphs.forget()
 

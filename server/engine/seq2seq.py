@@ -116,7 +116,7 @@ class Seq2SeqRunner:
     def forget(self, delta: PackedDelta) -> None:
         """A delta left the device: nothing kept here may name it any more."""
         self.ops.forget(delta)
-        self._compositions.forget()
+        self._compositions.forget(delta)
 
     def _befores(self, delta: PackedDelta | None, attention: str) -> list[Before]:
         return [Before.of(prefix) for prefix in self._prefixes(delta, attention)]
