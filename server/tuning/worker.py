@@ -179,7 +179,13 @@ class Worker:
             self._progress, step=message.step, steps=message.steps, trained_tokens=self._curves.tokens
         )
         begun = "Training started" if message.step == 0 else f"Training goes on after step {message.step}"
-        self._note(begun, steps=message.steps, trainable_parameters=message.trainable)
+        copied, whole = message.private_bytes, message.backbone_bytes
+        self._note(
+            f"{begun}: {message.trainable} parameters on the engine's weights ({copied} of {whole} bytes copied)",
+            steps=message.steps,
+            trainable_parameters=message.trainable,
+            process_bytes=message.process_bytes,
+        )
 
     def _step(self, message: Stepped) -> None:
         self._curves.stepped(message)
