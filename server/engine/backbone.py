@@ -301,7 +301,7 @@ def load(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> B
         use_safetensors=True,
         output_loading_info=True,
     )
-    backbone = assemble(name, folder, config, model.to(device), device, dtype)
+    backbone = assemble(name, folder, whole, model.to(device), device, dtype)
     headless = len(backbone.spec.sites) < len(whole.sites)
     _refuse_missing(name, loaded["missing_keys"], whole.base_prefix if headless else "")
     return backbone
@@ -318,13 +318,13 @@ def empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def assemble(
     name: str,
     folder: Path,
-    config: PretrainedConfig,
+    whole: BackboneSpec,
     model: PreTrainedModel,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Backbone:
-    """The backbone around a model that has its weights: frozen, in evaluation mode."""
-    whole = describe(config, fingerprint(Located(name, folder)))
+    """The backbone around a model that has its weights: frozen, in evaluation mode. ``whole`` describes its family."""
+    config = model.config
     spec = as_stored(whole, FrozenTensors(folder))
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)

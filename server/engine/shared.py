@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
 from transformers import AutoConfig
 
+from deltas.backbones import describe
 from deltas.groups import site_groups
 from deltas.sites import BackboneSpec, SiteKind
 from server.engine import backbone as backbones
@@ -77,7 +78,8 @@ def load(fd: int) -> Backbone:
         _place_handles(model, bytes.fromhex(header["handles"]))
     else:
         _place(model, header, _mapped(fd, private=True))
-    return backbones.assemble(header["name"], folder, config, model, torch.device(header["device"]), dtype)
+    whole = describe(config, header["backbone"][1])
+    return backbones.assemble(header["name"], folder, whole, model, torch.device(header["device"]), dtype)
 
 
 def weight_bytes(fd: int) -> int:
@@ -117,19 +119,10 @@ def _write(backbone: Backbone, fd: int) -> dict[str, Any]:
     header = _header(backbone, at, entries, None)
     os.ftruncate(fd, _HEADER_BYTES + at)
     with mmap.mmap(fd, _HEADER_BYTES + at) as memory:
-        for name, (_, shape, offset) in entries.items():
-            place = (
-                torch.frombuffer(
-                    memory,
-                    dtype=tensors[name].dtype,
-                    count=tensors[name].numel(),
-                    offset=_HEADER_BYTES + offset,
-                )
-                if tensors[name].numel()
-                else tensors[name]
-            )
-            place.view(shape).copy_(tensors[name])
-            del place
+        for name, entry in entries.items():
+            _tensor_at(memory, entry).copy_(
+                tensors[name]
+            )  # not named: the map closes when nobody looks into it
     _seal(fd, header)
     return header
 
@@ -204,17 +197,16 @@ def _order(spec: BackboneSpec, tensors: Iterable[str]) -> Iterator[tuple[str, bo
 
 
 def _place(model: nn.Module, header: dict[str, Any], memory: mmap.mmap) -> None:
-    def tensor(name: str) -> Tensor:
-        dtype, shape, offset = header["tensors"][name]
-        count = torch.Size(shape).numel()
-        if count == 0:
-            return torch.empty(shape, dtype=getattr(torch, dtype))
-        flat = torch.frombuffer(
-            memory, dtype=getattr(torch, dtype), count=count, offset=_HEADER_BYTES + offset
-        )
-        return flat.view(shape)
+    _assign(model, {name: _tensor_at(memory, entry) for name, entry in header["tensors"].items()})
 
-    _assign(model, {name: tensor(name) for name in header["tensors"]})
+
+def _tensor_at(memory: mmap.mmap, entry: list[Any]) -> Tensor:
+    """The memory of one entry of the header (dtype, shape, offset) as a tensor."""
+    dtype, shape, offset = getattr(torch, entry[0]), entry[1], entry[2]
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=_HEADER_BYTES + offset).view(shape)
 
 
 def _place_handles(model: nn.Module, handles: bytes) -> None:

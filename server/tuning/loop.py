@@ -19,7 +19,7 @@ from server.tuning.messages import Begun, Failed, FromTuner, Leave, Load, Start,
 from server.tuning.process import TunerConfig
 from server.tuning.run import Run
 from server.tuning.spec import JobSpec
-from server.tuning.trainer import Trainer
+from server.tuning.trainer import Trainer, failed
 
 # what torch raises, for want of memory mostly; whatever it is, it ends one job and not all
 _ACCIDENTS = (RuntimeError, MemoryError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -106,10 +106,8 @@ class Tuner:
         """A job where it left off, or at its beginning; None, and said, if it cannot work."""
         try:
             return Run.open(spec, folder, self._passes)
-        except DeltaserveError as error:
-            self._send(Failed(spec.id, error.code, error.message, error.param))
-        except DeltaError as error:
-            self._send(Failed(spec.id, "invalid_delta", str(error), error.field))
+        except (DeltaError, DeltaserveError) as error:
+            self._send(failed(spec.id, error))
         return None
 
     def _new_trainer(self) -> Trainer:

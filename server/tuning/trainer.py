@@ -50,7 +50,7 @@ class Trainer:
                 parts.append((run, run.part()))
             except (DeltaError, DeltaserveError) as error:
                 self.remove(run.spec.id)
-                said.append(_failed(run, error))
+                said.append(failed(run.spec.id, error))
         if not parts:
             return said
         outputs = self._passes([part for _, part in parts])
@@ -76,7 +76,8 @@ class Trainer:
         return said
 
 
-def _failed(run: Run, error: DeltaError | DeltaserveError) -> Failed:
+def failed(job: str, error: DeltaError | DeltaserveError) -> Failed:
+    """How it is said that a job cannot go on."""
     if isinstance(error, DeltaError):
-        return Failed(run.spec.id, "invalid_delta", str(error), error.field)
-    return Failed(run.spec.id, error.code, error.message, error.param)
+        return Failed(job, "invalid_delta", str(error), error.field)
+    return Failed(job, error.code, error.message, error.param)
