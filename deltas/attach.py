@@ -102,7 +102,7 @@ def attach(model: nn.Module, spec: BackboneSpec, ops: Ops, *, prepack: bool = Tr
                 hooks,
                 group,
                 members,
-                Packed.of(members, prepack=prepack),
+                Packed.of(members, prepack=prepack, kernels=ops.kernels),
                 block=blocks.get(group.sites[-1].path),
                 starts=[b for b in (residuals.get(first.path), inners.get(first.path)) if b is not None],
             )

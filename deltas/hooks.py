@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltas.batch import Plan
 from deltas.groups import SiteGroup
 from deltas.ops import Ops
+from deltas.ops.native import Kernels
 from deltas.ops.rows import RowKernels
 from deltas.sites import Site
 
@@ -43,39 +44,54 @@ class Hooks:
 
 @dataclass(eq=False)
 class Packed:
-    """The weights of a group's linears, side by side, in the layout that is fastest on this device."""
+    """The weights of a group's linears, side by side, in the layout that is fastest on this device.
+
+    ``kernels`` says that the weight is in the layout of :meth:`~deltas.ops.native.Kernels.pack_linear`, ``onednn`` that
+    it is in oneDNN's; else it is ``[out, in]``.
+    """
 
     weight: Tensor
     bias: Tensor | None
-    onednn: bool
+    out: int
+    kernels: Kernels | None = None
+    onednn: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        if self.kernels is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            if rows.stride(1) != 1:
+                rows = rows.contiguous()
+            return self.kernels.linear(rows, self.weight, self.bias, self.out).view(*x.shape[:-1], self.out)
         if self.onednn:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return y
         return F.linear(x, self.weight, self.bias)
 
     @staticmethod
-    def of(linears: Sequence[nn.Module], *, prepack: bool) -> Packed:
+    def of(linears: Sequence[nn.Module], *, prepack: bool, kernels: Kernels | None = None) -> Packed:
         """The linears' weights. Where they lie one behind the other already there is no copy; else the fused copy becomes
-        the only one, unless it is reordered."""
+        the only one, unless it is reordered: for ``kernels`` where they can, else for oneDNN."""
         weights = [weight_of(linear) for linear in linears]
         biases = [bias_of(linear) for linear in linears]
         whole = _side_by_side(weights)
         weight = torch.cat(weights) if whole is None else whole
-        bias = None
+        bias, out = None, len(weight)
         if any(b is not None for b in biases):
             pairs = zip(biases, weights, strict=True)
             bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for b, w in pairs])
         on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+        if prepack and on_cpu and kernels is not None and kernels.packs(weight):
+            return Packed(kernels.pack_linear(weight), bias, out, kernels=kernels)
         if prepack and on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias, onednn=True)
+            reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+            return Packed(reordered, bias, out, onednn=True)
         if whole is None:
             at = 0
             for linear, own in zip(linears, weights, strict=True):
                 linear.weight.data = weight[at : at + own.shape[0]]
                 at += own.shape[0]
-        return Packed(weight, bias, onednn=False)
+        return Packed(weight, bias, out)
 
 
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor | None:

@@ -17,6 +17,7 @@ SOURCES = (
     "kernels_storage.c",
     "kernels_patch.c",
     "kernels_sparse.c",
+    "kernels_linear.c",
     "kernels_rows.c",
     "kernels_attention.c",
     "kernels_ragged.c",

@@ -33,6 +33,9 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ds_patch": (_P, _I, _P, _I, _I, _P, _I, _I, _I),
     "ds_sparse": (_P, _P, _P, _I, _I, _P, _I, _P, _I, _I),
+    "ds_linear_panel": (),
+    "ds_pack_linear": (_P, _I, _I, _I, _P),
+    "ds_linear": (_P, _I, _P, _P, _I, _I, _I, _P, _I),
     "ds_rms_norm": (_P, _I, _P, _F, _I, _I, _P, _I),
     "ds_silu_mul": (_P, _I, _P, _I, _I, _I, _P, _I),
     "ds_rope": (_P, _I, _I, _I, _I, _P, _P, _I, _I),
@@ -88,6 +91,9 @@ class Kernels:
 
         self._patch = functions("ds_patch")
         self._sparse = functions("ds_sparse")
+        self._linear_panel = functions("ds_linear_panel")
+        self._pack_linear = functions("ds_pack_linear")
+        self._linear = functions("ds_linear")
         self._rms_norm = functions("ds_rms_norm")
         self._silu_mul = functions("ds_silu_mul")
         self._rope = functions("ds_rope")
@@ -255,6 +261,42 @@ class Kernels:
                 slots.data_ptr(), positions.data_ptr(), tokens, kv_heads, head_dim,
             )
         )  # fmt: skip
+
+    def packs(self, weight: Tensor) -> bool:
+        """Whether :meth:`pack_linear` takes such a weight: this processor has the instructions, and ``in`` is even."""
+        functions = self._linear_panel.get(weight.dtype)
+        return functions is not None and functions() > 0 and weight.shape[1] % 2 == 0
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        """A weight ``[out, in]`` as :meth:`linear` reads it: flat, ``out`` rounded up to whole panels, times ``in``."""
+        if not self.packs(weight):
+            raise ValueError(f"a weight {tuple(weight.shape)} of {weight.dtype} cannot be packed here")
+        weight = weight.contiguous()
+        out, width = weight.shape
+        panel = self._linear_panel[weight.dtype]()
+        packed = weight.new_empty(-(-out // panel) * panel * width)
+        _check(self._pack_linear[weight.dtype](weight.data_ptr(), width, out, width, packed.data_ptr()))
+        return packed
+
+    def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, out: int) -> Tensor:
+        """``x W^T + bias`` ``[tokens, out]`` of ``x`` ``[tokens, in]``, for W from :meth:`pack_linear`; ``bias`` ``[out]``.
+
+        A row's result depends neither on the other rows nor on how many there are. Sums are in float32.
+        """
+        tokens, width = x.shape
+        panel = self._linear_panel[x.dtype]()
+        if packed.dtype != x.dtype or panel == 0 or packed.numel() != -(-out // panel) * panel * width:
+            raise ValueError("the packed weight does not fit the input")
+        if bias is not None and (bias.dtype != x.dtype or bias.shape != (out,) or not bias.is_contiguous()):
+            raise ValueError("the bias must be contiguous, [out], and of the input's dtype")
+        y = x.new_empty(tokens, out)
+        _check(
+            self._linear[x.dtype](
+                x.data_ptr(), _rows_of(x, "x"), packed.data_ptr(), None if bias is None else bias.data_ptr(),
+                tokens, width, out, y.data_ptr(), out,
+            )
+        )  # fmt: skip
+        return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         """``out = weight * (x / rms(x))``, rounded between the two as Llama does; ``[rows, n]``.
