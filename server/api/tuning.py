@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from server.store.reference import check_name
 from server.tuning import estimate, folders, jobs, submit
 from server.tuning.spec import EarlyStopping, InitFrom, JobSpec, MethodSpec, Task
 from server.tuning.submit import Choices, MethodChoice, PreparedData
-from server.types import DeltaRecord, Principal
+from server.types import DeltaRecord, Principal, TextPiece
 
 _REPORT = "bad_rows.jsonl"
 _PLAIN = (
@@ -167,7 +168,7 @@ async def _plan(services: Services, caller: Principal, body: JobRequest, job: st
     entries = [MethodChoice(one.method, one.options(), one.targets) for one in delta.methods or ()]
     if not entries and init_from is None:
         entries = [MethodChoice(submit.DEFAULT_METHOD, {}, None)]
-    methods = submit.method_specs(entries, backbone.spec, task)
+    methods = submit.method_specs(entries, backbone.spec, task, partial(_plain_tokens, backbone))
     given = body.chosen()
     choices = Choices(
         task=task,
@@ -184,7 +185,9 @@ async def _plan(services: Services, caller: Principal, body: JobRequest, job: st
         if delta.early_stopping is None
         else EarlyStopping(**delta.early_stopping.model_dump()),
         more={field: value for field in _PLAIN if (value := getattr(delta, field)) is not None},
+        ends=backbone.tokenizer.eos_token_ids,
     )
+    submit.check_choices(choices, backbone.info.dtype, validated=validation is not None)
     stored = delta.stored_template()
     fields = JobFields(
         model=body.model,
@@ -300,6 +303,11 @@ def _name(body: JobRequest, delta: DeltaEntry, backbone: Backbone, job: str) -> 
     if name == backbone.info.name:
         raise InvalidRequest(f"'{name}' is the backbone's name; a delta needs its own.", param=param)
     return name
+
+
+def _plain_tokens(backbone: Backbone, text: str) -> list[int]:
+    """A text's tokens; a control token that it spells is plain text."""
+    return backbone.tokenizer.encode_pieces([[TextPiece(text, False)]], None, False).ids
 
 
 def _or(value: Any, default: Any) -> Any:
