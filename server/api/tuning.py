@@ -164,10 +164,12 @@ async def _plan(services: Services, caller: Principal, body: JobRequest, job: st
     )
     task = delta.task or submit.default_task(backbone.spec)
     submit.check_task(task, backbone.spec)
-    init_from, head = await _init_from(services, caller, body, delta, backbone, job, task)
+    init_from, earlier = await _init_from(services, caller, body, delta, backbone, job, task)
+    head = None if earlier is None or earlier.task_kind is None else earlier
     entries = [MethodChoice(one.method, one.options(), one.targets) for one in delta.methods or ()]
-    if not entries and init_from is None:
-        entries = [MethodChoice(submit.DEFAULT_METHOD, {}, None)]
+    if not entries:  # an earlier delta is trained on by its own methods
+        names = [submit.DEFAULT_METHOD] if earlier is None else [*earlier.methods]
+        entries = [MethodChoice(name, {}, None) for name in names]
     methods = submit.method_specs(entries, backbone.spec, task, partial(_plain_tokens, backbone))
     given = body.chosen()
     choices = Choices(
@@ -175,7 +177,7 @@ async def _plan(services: Services, caller: Principal, body: JobRequest, job: st
         methods=entries,
         init_from=init_from,
         labels=delta.labels or (None if head is None else head.labels),
-        headed=head is not None,
+        headed=head is not None and init_from is not None and init_from.frozen,
         seed=body.seed or 0,
         epochs=_or(given.n_epochs, submit.DEFAULT_EPOCHS),
         batch_size=_or(given.batch_size, submit.DEFAULT_BATCH[task]),
@@ -257,7 +259,7 @@ async def _init_from(
     job: str,
     task: Task,
 ) -> tuple[InitFrom | None, DeltaRecord | None]:
-    """The delta to begin with: ``delta.init_from``, or a ``model`` that is one; and the same if it brings a head."""
+    """The delta to begin with, and its record: ``delta.init_from``, or a ``model`` that is one."""
     reference, param, frozen = body.model, "model", None
     if body.model == backbone.info.name:
         if delta.init_from is None:
@@ -284,7 +286,7 @@ async def _init_from(
         file=str(submit.init_file(services.job_folder(job))),
         frozen=bool(delta.methods) if frozen is None else frozen,
     )
-    return found, (None if record.task_kind is None else record)
+    return found, record
 
 
 async def _file(services: Services, caller: Principal, file_id: str, param: str) -> FileRecord:

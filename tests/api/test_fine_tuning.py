@@ -171,6 +171,16 @@ def test_a_dry_run_makes_nothing(client: openai.OpenAI, http: httpx.Client) -> N
     assert len(list(client.fine_tuning.jobs.list())) == before
 
 
+def test_an_earlier_delta_is_trained_on_by_its_own_methods(client: openai.OpenAI, http: httpx.Client) -> None:
+    first = client.fine_tuning.jobs.create(model=NAME, training_file=uploaded(client), suffix="earlier")
+    done(client, first.id)
+    body = {"model": NAME, "training_file": uploaded(client), "dry_run": True}
+    for init, frozen in (("earlier", False), ({"model": "earlier", "frozen": True}, True)):
+        found = http.post("/v1/fine_tuning/jobs", json={**body, "delta": {"init_from": init}}).json()
+        assert [one["method"] for one in found["delta"]["methods"]] == ["lora"]
+        assert found["delta"]["init_from"]["frozen"] is frozen
+
+
 def test_a_prompt_begins_with_a_text(client: openai.OpenAI, http: httpx.Client) -> None:
     prompt = {"method": "prompt", "length": 8, "init": "text", "init_text": "Classify:"}
     body = {
