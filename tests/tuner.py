@@ -64,7 +64,13 @@ class StandIn:
 
     async def start(self, spec: JobSpec, folder: str) -> None:
         self.started.append(spec)
+        self._at.setdefault(spec.id, (Path(folder), 0))
         self._runs[spec.id] = asyncio.create_task(self._run(spec, Path(folder)))
+
+    @property
+    def training(self) -> set[str]:
+        """The jobs in it."""
+        return {*self._runs}
 
     async def stop(self, job: str, *, keep: bool) -> None:
         self.stopped.append((job, keep))

@@ -9,6 +9,8 @@ from typing import Any
 from deltas.errors import InvalidDelta
 from deltas.methods.base import number
 
+MAX_TEXT = 16_384
+
 Check = Callable[[object, str], Any]
 """Takes a value and the option's name; returns it in canonical form (JSON), or raises ``InvalidDelta`` naming it."""
 
@@ -88,6 +90,13 @@ def strings(value: object, name: str) -> list[str]:
     if len(set(value)) < len(value):
         raise InvalidDelta(f"{name} has a string twice", field=name)
     return list(value)
+
+
+def text(value: object, name: str) -> str:
+    """A text of a character or more, and of ``MAX_TEXT`` at most."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
+        raise InvalidDelta(f"{name} must be a text of 1 to {MAX_TEXT:,} characters", field=name)
+    return value
 
 
 def token_ids(value: object, name: str) -> list[int]:

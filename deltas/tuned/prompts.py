@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from deltas.patches import Patch
 from deltas.sites import BackboneSpec, Site, SiteKind
 from deltas.tunable import Parameters
 from deltas.tuned.base import Trained, normal, require
-from deltas.tuned.options import Option, count, flag, one_of, token_ids
+from deltas.tuned.options import Option, count, flag, one_of, text, token_ids
 from deltas.tuned.targets import leaves
 from deltas.weights import SiteWeights
 
@@ -32,13 +32,18 @@ class PromptTuning(Trained):
     known = (
         Option("length", 20, count(1, 4096), "how many virtual tokens"),
         Option("init", "vocabulary", one_of("vocabulary", "text", "random"), "what it begins with"),
-        Option("init_tokens", None, token_ids, "the text's token ids, for init text"),
+        Option("init_text", None, text, "the text, for init text; repeated or cut to the length"),
+        Option("init_tokens", None, token_ids, "the text's token ids, in place of init_text"),
     )
 
     def settle(self, options: dict[str, Any], spec: BackboneSpec, /) -> None:
         tokens = options["init_tokens"]
+        if options["init_text"] is not None:
+            raise InvalidDelta("init_text has to be tokenized first: see with_init_tokens", field="init_text")
         if (tokens is not None) != (options["init"] == "text"):
-            raise InvalidDelta("init_tokens goes with init text, and only with it", field="init_tokens")
+            raise InvalidDelta(
+                "init text needs init_text or init_tokens, and they go with nothing else", field="init"
+            )
         if tokens is not None and max(tokens) >= spec.vocab:
             raise InvalidDelta(f"init_tokens: this backbone has {spec.vocab} tokens", field="init_tokens")
         check_length(options["length"], spec)
@@ -165,6 +170,23 @@ class PrefixTuning(Trained):
         with torch.no_grad():
             folded = _folded(parameters, sites, weights.spec) if options["reparametrise"] else parameters
         return super().component(folded, options, sites, weights)
+
+
+def with_init_tokens(given: Mapping[str, Any], tokenize: Callable[[str], list[int]]) -> Mapping[str, Any]:
+    """A prompt's options as they are given, with ``init_tokens`` for an ``init_text``, which makes ``init`` text.
+
+    Raises :class:`~deltas.errors.InvalidDelta` whose ``field`` is the option, and what ``tokenize`` raises.
+    """
+    if given.get("init_text") is None:
+        return given
+    if given.get("init_tokens") is not None:
+        raise InvalidDelta("init_text and init_tokens say the same thing: give one", field="init_text")
+    if given.get("init", "text") != "text":
+        raise InvalidDelta(f"init_text goes with init text, not {ascii(given['init'])[:100]}", field="init")
+    tokens = tokenize(text(given["init_text"], "init_text"))
+    if not tokens:
+        raise InvalidDelta("init_text has no tokens", field="init_text")
+    return {**given, "init": "text", "init_text": None, "init_tokens": tokens}
 
 
 _DEVIATION = 0.02

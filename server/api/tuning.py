@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from server.store.reference import check_name
 from server.tuning import estimate, folders, jobs, submit
 from server.tuning.spec import EarlyStopping, InitFrom, JobSpec, MethodSpec, Task
 from server.tuning.submit import Choices, MethodChoice, PreparedData
-from server.types import DeltaRecord, Principal
+from server.types import DeltaRecord, Principal, TextPiece
 
 _REPORT = "bad_rows.jsonl"
 _PLAIN = (
@@ -163,18 +164,20 @@ async def _plan(services: Services, caller: Principal, body: JobRequest, job: st
     )
     task = delta.task or submit.default_task(backbone.spec)
     submit.check_task(task, backbone.spec)
-    init_from, head = await _init_from(services, caller, body, delta, backbone, job, task)
+    init_from, earlier = await _init_from(services, caller, body, delta, backbone, job, task)
+    head = None if earlier is None or earlier.task_kind is None else earlier
     entries = [MethodChoice(one.method, one.options(), one.targets) for one in delta.methods or ()]
-    if not entries and init_from is None:
-        entries = [MethodChoice(submit.DEFAULT_METHOD, {}, None)]
-    methods = submit.method_specs(entries, backbone.spec, task)
+    if not entries:  # an earlier delta is trained on by its own methods
+        names = [submit.DEFAULT_METHOD] if earlier is None else [*earlier.methods]
+        entries = [MethodChoice(name, {}, None) for name in names]
+    methods = submit.method_specs(entries, backbone.spec, task, partial(_plain_tokens, backbone))
     given = body.chosen()
     choices = Choices(
         task=task,
         methods=entries,
         init_from=init_from,
         labels=delta.labels or (None if head is None else head.labels),
-        headed=head is not None,
+        headed=head is not None and init_from is not None and init_from.frozen,
         seed=body.seed or 0,
         epochs=_or(given.n_epochs, submit.DEFAULT_EPOCHS),
         batch_size=_or(given.batch_size, submit.DEFAULT_BATCH[task]),
@@ -184,7 +187,9 @@ async def _plan(services: Services, caller: Principal, body: JobRequest, job: st
         if delta.early_stopping is None
         else EarlyStopping(**delta.early_stopping.model_dump()),
         more={field: value for field in _PLAIN if (value := getattr(delta, field)) is not None},
+        ends=backbone.tokenizer.eos_token_ids,
     )
+    submit.check_choices(choices, backbone.info.dtype, validated=validation is not None)
     stored = delta.stored_template()
     fields = JobFields(
         model=body.model,
@@ -254,7 +259,7 @@ async def _init_from(
     job: str,
     task: Task,
 ) -> tuple[InitFrom | None, DeltaRecord | None]:
-    """The delta to begin with: ``delta.init_from``, or a ``model`` that is one; and the same if it brings a head."""
+    """The delta to begin with, and its record: ``delta.init_from``, or a ``model`` that is one."""
     reference, param, frozen = body.model, "model", None
     if body.model == backbone.info.name:
         if delta.init_from is None:
@@ -281,7 +286,7 @@ async def _init_from(
         file=str(submit.init_file(services.job_folder(job))),
         frozen=bool(delta.methods) if frozen is None else frozen,
     )
-    return found, (None if record.task_kind is None else record)
+    return found, record
 
 
 async def _file(services: Services, caller: Principal, file_id: str, param: str) -> FileRecord:
@@ -300,6 +305,11 @@ def _name(body: JobRequest, delta: DeltaEntry, backbone: Backbone, job: str) -> 
     if name == backbone.info.name:
         raise InvalidRequest(f"'{name}' is the backbone's name; a delta needs its own.", param=param)
     return name
+
+
+def _plain_tokens(backbone: Backbone, text: str) -> list[int]:
+    """A text's tokens; a control token that it spells is plain text."""
+    return backbone.tokenizer.encode_pieces([[TextPiece(text, False)]], None, False).ids
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from deltas.bank import PackedDelta
 from server.tuning import losses, scores
+from server.tuning.answers import greedy
+from server.tuning.batches import batches
 from server.tuning.forward import Generated, Output, Part, Passes
 from server.tuning.spec import Example, JobSpec, Task
-
-STEP_TOKENS = 4096  # of a pass without gradients
-
-METRICS: dict[Task, tuple[str, ...]] = {
-    "generate": ("loss", "perplexity", "token_accuracy", "exact_match"),
-    "classify": ("loss", "accuracy", "macro_f1", "matthews"),
-    "regress": ("loss", "pearson", "spearman"),
-    "tag": ("loss", "accuracy", "macro_f1", "span_f1"),
-}
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 @dataclass
@@ -38,12 +31,16 @@ class _Answers:
 def evaluate(
     passes: Passes, spec: JobSpec, examples: Sequence[Example], delta: PackedDelta
 ) -> dict[str, float]:
-    """The metrics of ``examples``, by name: those of the job's task."""
+    """The metrics of ``examples``, by name: those of the job's task; ROUGE-L only if it is the job's own metric.
+
+    The loss is without label smoothing, whose best is not zero and depends on how much there is.
+    """
+    spec = msgspec.structs.replace(spec, label_smoothing=0.0)
     total = weight = 0.0
     answers = _Answers()
     kind, before = passes.backbone.spec.kind, delta.prefix_length
-    for chosen in _batches(examples):
-        (output,) = passes([Part(spec.task, chosen, delta, spec.label_smoothing)])
+    for chosen in batches(examples, lambda example: len(example.tokens) + len(example.target)):
+        (output,) = passes([Part(spec.task, chosen, delta)])
         total += float(losses.total(spec, chosen, output))
         weight += losses.weight(spec, chosen, kind, before)
         _collect(spec.task, chosen, output, answers)
@@ -57,6 +54,9 @@ def evaluate(
                 [tuple(row) for row in answers.wanted], [tuple(r) for r in answers.found]
             )
             values = (scores.perplexity(loss), scores.accuracy(wanted, found), whole)
+            if spec.metric == "rouge_l":
+                answered = greedy(passes, examples, delta, frozenset(spec.ends))
+                values += (scores.rouge_l([a for a, _ in answered], [b for _, b in answered]),)
         case "classify":
             values = tuple(
                 score(wanted, found) for score in (scores.accuracy, scores.macro_f1, scores.matthews)
@@ -65,7 +65,10 @@ def evaluate(
             values = (scores.pearson(wanted, found), scores.spearman(wanted, found))
         case "tag":
             values = (scores.accuracy(wanted, found), scores.macro_f1(wanted, found), _span_f1(spec, answers))
-    return dict(zip(METRICS[spec.task], (loss, *values), strict=True))
+    names = [
+        name for name in scores.METRICS[spec.task] if name == spec.metric or name not in scores.ON_REQUEST
+    ]
+    return dict(zip(names, (loss, *values), strict=True))
 
 
 def _collect(task: Task, examples: Sequence[Example], output: Output, answers: _Answers) -> None:
@@ -94,18 +97,3 @@ def _span_f1(spec: JobSpec, answers: _Answers) -> float:
     labels = spec.labels or []
     named = [[[labels[int(n)] for n in row] for row in rows] for rows in (answers.wanted, answers.found)]
     return scores.span_f1(named[0], named[1], labels)
-
-
-def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """The examples by length, a pass's worth at a time."""
-    batch: list[Example] = []
-    tokens = 0
-    for example in sorted(examples, key=lambda example: len(example.tokens)):
-        length = len(example.tokens) + len(example.target)
-        if batch and tokens + length > STEP_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(example)
-        tokens += length
-    if batch:
-        yield batch

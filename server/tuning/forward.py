@@ -40,10 +40,11 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """Of each token that is to be predicted, row after row: its loss, float32 ``[lines]``, and whether it is the likeliest
-    one, bool ``[lines]``. Row i has ``counts[i]`` lines."""
+    """Of each token that is to be predicted, row after row: its loss, float32 ``[lines]``, the token that is the likeliest
+    in its place, int64 ``[lines]``, and whether it is that one, bool ``[lines]``. Row i has ``counts[i]`` lines."""
 
     losses: Tensor
+    likeliest: Tensor
     right: Tensor
     counts: list[int]
 
@@ -142,11 +143,9 @@ class Passes:
         generating = [n for n, part in enumerate(parts) if part.task == "generate"]
         if generating:
             sizes = [sum(counts[n]) for n in generating]
-            losses, right = self._predict(
-                states.hidden, lines, targets, [parts[n] for n in generating], sizes
-            )
-            split = zip(generating, torch.split(losses, sizes), torch.split(right, sizes), strict=True)
-            scored |= {n: Generated(loss, hit, counts[n]) for n, loss, hit in split}
+            found = self._predict(states.hidden, lines, targets, [parts[n] for n in generating], sizes)
+            split = zip(generating, *(torch.split(each, sizes) for each in found), strict=True)
+            scored |= {n: Generated(loss, token, hit, counts[n]) for n, loss, token, hit in split}
         return [scored[number] for number in range(len(parts))]
 
     def _learned(self, example: Example, before: int) -> list[tuple[int, int]]:
@@ -163,8 +162,8 @@ class Passes:
         targets: list[int],
         parts: Sequence[Part],
         sizes: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and hits of all parts' lines, in order."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, likeliest tokens and hits of all parts' lines, in order."""
         device = hidden.device
         chosen = hidden[torch.tensor(lines, dtype=torch.int64, device=device)]
         wanted = torch.tensor(targets, dtype=torch.int64, device=device)
@@ -172,8 +171,8 @@ class Passes:
         smoothing = smoothing.to(device)
         plan = plan_rows(self._body.ops, [part.delta for part in parts], sizes)
         if plan is None or self._head is None or not plan.active(self._head):
-            found: tuple[Tensor, Tensor] = _Loss.apply(self.backbone, chosen, wanted, smoothing)  # type: ignore[no-untyped-call]
-            return found
+            losses, likeliest = _Loss.apply(self.backbone, chosen, wanted, smoothing)  # type: ignore[no-untyped-call]
+            return losses, likeliest, likeliest == wanted
         hooks = self._body.hooks
         hooks.plan = hooks.decoder_plan = plan
         try:
@@ -183,7 +182,8 @@ class Passes:
         logs = logits.float().log_softmax(-1)
         own = -logs.gather(1, wanted[:, None]).squeeze(1)
         losses = (1 - smoothing) * own - smoothing * logs.mean(-1)
-        return losses, logits.argmax(-1) == wanted
+        likeliest = logits.argmax(-1)
+        return losses, likeliest, likeliest == wanted
 
 
 class _Loss(torch.autograd.Function):
@@ -194,7 +194,7 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, backbone: Backbone, hidden: Tensor, wanted: Tensor, smoothing: Tensor
     ) -> tuple[Tensor, Tensor]:
-        losses, right, grads = [], [], []
+        losses, likeliest, grads = [], [], []
         for part, targets, soft in zip(
             *(torch.split(t, _LINES) for t in (hidden, wanted, smoothing)), strict=True
         ):
@@ -202,7 +202,7 @@ class _Loss(torch.autograd.Function):
                 x = part.detach().requires_grad_(ctx.needs_input_grad[1])
                 logits = backbone.logits(x)
             wide = logits.detach().float()
-            right.append(wide.argmax(-1) == targets)
+            likeliest.append(wide.argmax(-1))
             total = wide.logsumexp(-1)
             own = wide.gather(1, targets[:, None]).squeeze(1)
             losses.append(total - (1 - soft) * own - soft * wide.mean(-1))
@@ -212,9 +212,9 @@ class _Loss(torch.autograd.Function):
                 slope.scatter_add_(1, targets[:, None], (soft - 1)[:, None])
                 grads += torch.autograd.grad(logits, x, slope.to(logits.dtype))
         ctx.save_for_backward(*([torch.cat(grads)] if grads else []))
-        hits = torch.cat(right)
-        ctx.mark_non_differentiable(hits)
-        return torch.cat(losses), hits
+        tokens = torch.cat(likeliest)
+        ctx.mark_non_differentiable(tokens)
+        return torch.cat(losses), tokens
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor, None, None]:

@@ -16,10 +16,11 @@ from server.errors import InvalidRequest
 from server.tuning import checkpoint as checkpoints
 from server.tuning import losses
 from server.tuning.components import Components, components_of
-from server.tuning.evaluation import LOWER_IS_BETTER, METRICS, evaluate
+from server.tuning.evaluation import evaluate
 from server.tuning.forward import Output, Part, Passes
 from server.tuning.messages import Checkpointed, Evaluated, Failed, Finished, FromTuner, Stepped
 from server.tuning.schedule import Order, factor
+from server.tuning.scores import LOWER_IS_BETTER, METRICS
 from server.tuning.spec import Example, JobSpec
 
 CHECKPOINTS = "checkpoints"

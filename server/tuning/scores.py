@@ -8,9 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from server.engine.spans import Word, merged
+from server.tuning.spec import Task
+
+METRICS: Mapping[Task, tuple[str, ...]] = {
+    "generate": ("loss", "perplexity", "token_accuracy", "exact_match", "rouge_l"),
+    "classify": ("loss", "accuracy", "macro_f1", "matthews"),
+    "regress": ("loss", "pearson", "spearman"),
+    "tag": ("loss", "accuracy", "macro_f1", "span_f1"),
+}
+"""By task. Any may be a job's own metric, and an evaluation has all of them but the ``ON_REQUEST``."""
+ON_REQUEST = frozenset(
+    {"rouge_l"}
+)  # needs answers, a pass for a token or two: measured where it is the job's metric
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 LARGEST_EXPONENT = 700.0  # beyond, a perplexity is no float
 

@@ -44,7 +44,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     ``batch_size`` rows a micro-batch, ``accumulation`` of them a step. ``warmup`` is a share of all steps.
     ``evaluate_every`` and ``checkpoint_every`` count steps; None is once an epoch. ``class_weights`` has one number a
-    label, in their order. ``metric`` is the one that early stopping and the best checkpoint go by.
+    label, in their order. ``metric`` is the one that early stopping and the best checkpoint go by. ``ends`` are the
+    tokens that end what is generated.
     """
 
     id: str
@@ -72,6 +73,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
     early_stopping: EarlyStopping | None = None
+    ends: list[int] = []
 
 
 class Example(msgspec.Struct, frozen=True, array_like=True):

@@ -15,8 +15,10 @@ import msgspec
 from deltas.errors import DeltaError
 from deltas.sites import BackboneSpec
 from deltas.tuned import tunable
+from deltas.tuned.prompts import with_init_tokens
 from deltas.tuned.targets import before_head
 from server.errors import InvalidRequest, UnsupportedTask
+from server.tuning.scores import METRICS
 from server.tuning.spec import EarlyStopping, InitFrom, JobSpec, MethodSpec, Task
 
 HEADED: tuple[Task, ...] = ("classify", "regress", "tag")
@@ -71,7 +73,7 @@ class MethodChoice:
 @dataclass(frozen=True)
 class Choices:
     """What a request decides about training. ``headed``: the delta that it begins with brings a head. ``more`` are fields
-    of ``JobSpec`` that it names."""
+    of ``JobSpec`` that it names. ``ends``: the tokens that end what the backbone generates."""
 
     task: Task
     methods: Sequence[MethodChoice]
@@ -85,6 +87,7 @@ class Choices:
     multiplier: float
     early_stopping: EarlyStopping | None
     more: Mapping[str, Any]
+    ends: Sequence[int] = ()
 
 
 def default_task(spec: BackboneSpec) -> Task:
@@ -101,8 +104,36 @@ def check_task(task: Task, spec: BackboneSpec) -> None:
         )
 
 
-def method_specs(methods: Sequence[MethodChoice], spec: BackboneSpec, task: Task) -> list[MethodSpec]:
-    """The methods with all their options and sites; a head among them is left for :func:`with_head`.
+def check_choices(choices: Choices, dtype: str, *, validated: bool) -> None:
+    """Refuses a metric that the task does not have, what needs a validation file where none is given, and another
+    precision than the resident backbone's ``dtype``. Raises InvalidRequest naming the field of the request."""
+    if choices.more.get("precision", "auto") not in ("auto", dtype):
+        raise InvalidRequest(
+            f"the backbone is resident as {dtype}, and jobs compute as it does: 'precision' must be auto or {dtype}",
+            param="delta.precision",
+        )
+    metric = choices.more.get("metric")
+    if metric is not None and metric not in METRICS[choices.task]:
+        raise InvalidRequest(
+            f"'metric' must be one of {', '.join(METRICS[choices.task])} for a job that is to {choices.task}",
+            param="delta.metric",
+        )
+    if validated:
+        return
+    given = {"early_stopping": choices.early_stopping, **choices.more}
+    for field in ("early_stopping", "metric", "evaluate_every"):
+        if given.get(field) is not None:
+            raise InvalidRequest(f"'{field}' needs a 'validation_file'", param=f"delta.{field}")
+
+
+def method_specs(
+    methods: Sequence[MethodChoice],
+    spec: BackboneSpec,
+    task: Task,
+    tokenize: Callable[[str], list[int]],
+) -> list[MethodSpec]:
+    """The methods with all their options and sites; a head among them is left for :func:`with_head`. ``tokenize`` is for
+    what a prompt begins with.
 
     Raises InvalidRequest naming the field of the request.
     """
@@ -116,7 +147,8 @@ def method_specs(methods: Sequence[MethodChoice], spec: BackboneSpec, task: Task
             continue
         try:
             method = tunable(choice.method)
-            options = method.options(choice.options, spec)
+            given = with_init_tokens(choice.options, tokenize) if method.name == "prompt" else choice.options
+            options = method.options(given, spec)
             sites = method.sites(choice.targets, within)
         except DeltaError as error:
             raise InvalidRequest(f"Invalid '{where}': {error}", param=f"{where}.{error.field}") from error
@@ -154,8 +186,6 @@ def job_spec(
             f"'class_weights' needs one number for each label: {len(data.labels or [])}",
             param="delta.class_weights",
         )
-    if choices.early_stopping is not None and data.validation is None:
-        raise InvalidRequest("early stopping needs a 'validation_file'", param="delta.early_stopping")
     return JobSpec(
         id=job,
         tenant=tenant,
@@ -170,6 +200,7 @@ def job_spec(
         max_length=choices.max_length,
         learning_rate_multiplier=choices.multiplier,
         early_stopping=choices.early_stopping,
+        ends=[*choices.ends],
         **choices.more,
     )
 
@@ -183,7 +214,7 @@ def steps(spec: JobSpec, data: PreparedData) -> int:
 def shown(spec: JobSpec) -> dict[str, Any]:
     """What a job's object shows as ``delta``: the spec without what stands elsewhere in the object."""
     body: dict[str, Any] = msgspec.to_builtins(spec)
-    for field in ("id", "tenant", "seed", "epochs", "batch_size", "learning_rate_multiplier"):
+    for field in ("id", "tenant", "seed", "epochs", "batch_size", "learning_rate_multiplier", "ends"):
         del body[field]
     if spec.init_from is not None:
         body["init_from"] = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,17 +43,27 @@ from server.tuning.messages import (
 from server.tuning.publish import Publisher
 from server.tuning.spec import JobSpec
 from server.tuning.tuner import Tuner
+from server.tuning.turns import APART, Turns
 
 log = logging.get("server.tuning")
 
-MOST_DEATHS = 3  # of the tuner in a row, without a new checkpoint
+MOST_DEATHS = 3  # of the tuner in a row without a new checkpoint, the last of them with no other job in it
 _RETRY_SECONDS = 1.0
+_RESTS = "The job waits to be resumed"
 
 T = TypeVar("T")
 
 
 class Ask(msgspec.Struct, frozen=True):
     """Stop with a checkpoint: a pause, or this process ends."""
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """The job may train now."""
+
+
+class GiveWay(msgspec.Struct, frozen=True):
+    """Stop with a checkpoint and ask for another turn: a suspect is to train alone."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Tools:
     metrics: Metrics
     backbone: str
     retry_seconds: float = _RETRY_SECONDS
+    turns: Turns = field(default_factory=Turns)
 
 
 class Worker:
@@ -72,13 +84,16 @@ class Worker:
 
     def __init__(self, tools: Tools, claimed: Claimed, folder: Path) -> None:
         self.lease = claimed.lease
-        self.inbox: asyncio.Queue[FromTuner | TunerDied | Ask] = asyncio.Queue()
+        self.inbox: asyncio.Queue[FromTuner | TunerDied | Ask | Turn | GiveWay] = asyncio.Queue()
         self._tools = tools
         self._record = claimed.record
         self._folder = folder
         self._progress = claimed.record.progress
         self._curves = Curves(folder)
         self._stopping = False
+        self._training = False
+        self._giving_way = False
+        self._advanced = False  # has it a new checkpoint since it was started last?
         self._begun: tuple[float, int] | None = None  # when, and at which step, it began here
         self._events: list[Event] = []
 
@@ -89,6 +104,8 @@ class Worker:
         except StaleLease:
             await self._tools.tuner.stop(self.lease.job, keep=False)
             raise
+        finally:
+            self._tools.turns.leave(self.lease.job)
 
     async def _run_or_fail(self) -> None:
         try:
@@ -109,7 +126,7 @@ class Worker:
     async def rest(self) -> None:
         """Give the job back, if it is still this worker's."""
         try:
-            await self._tools.jobs.rest(self.lease, self._event("The job waits to be resumed"))
+            await self._tools.jobs.rest(self.lease, self._event(_RESTS))
         except (StaleLease, Unavailable) as error:
             log.warning("tuning_job_not_given_back", job=self.lease.job, reason=str(error))
 
@@ -127,7 +144,7 @@ class Worker:
                 f"the job is for the backbone '{self._record.fields.backbone}', and '{self._tools.backbone}' is served now",
                 code="other_backbone",
             )
-        await self._start()
+        self._queue_up()
         done = False
         while not done:
             batch = [await self.inbox.get()]
@@ -137,11 +154,22 @@ class Worker:
                 done = done or await self._take(message)
             await self._flush()
 
+    def _queue_up(self) -> None:
+        """Ask for a turn in the tuner."""
+        put, suspect = self.inbox.put_nowait, self._progress.deaths >= APART
+        if suspect:
+            self._note(
+                "The job trains alone until its next checkpoint: the tuner ended several times with it"
+            )
+        turns = self._tools.turns
+        turns.ask(self.lease.job, partial(put, Turn()), partial(put, GiveWay()), suspect=suspect)
+
     async def _start(self) -> None:
+        self._training, self._advanced, self._giving_way = True, False, False
         spec = msgspec.json.decode(self._record.spec or b"", type=JobSpec)
         await self._kept(lambda: self._tools.tuner.start(spec, str(self._folder)))
 
-    async def _take(self, message: FromTuner | TunerDied | Ask) -> bool:
+    async def _take(self, message: FromTuner | TunerDied | Ask | Turn | GiveWay) -> bool:
         """True when nothing is left to be done."""
         match message:
             case Begun():
@@ -153,23 +181,33 @@ class Worker:
             case Checkpointed():
                 await self._checkpoint(message)
             case Finished():
+                self._tools.turns.leave(self.lease.job)
                 await asyncio.to_thread(folders.note_finished, self._folder, message)
                 await self._publish(message)
                 return True
             case Stopped():
-                await self._leave(
-                    "The job waits to be resumed" if self._stopping else "The tuner let go of the job"
-                )
-                return True
+                self._training = False
+                self._tools.turns.leave(self.lease.job)
+                if self._stopping or not self._giving_way:
+                    await self._leave(_RESTS if self._stopping else "The tuner let go of the job")
+                    return True
+                self._queue_up()
             case Failed():
                 await self._fail(JobError(message.code, message.message, message.param))
                 return True
             case TunerDied():
                 return await self._died(message)
-            case Ask():
-                if not self._stopping:
-                    self._stopping = True
-                    await self._tools.tuner.stop(self.lease.job, keep=True)
+            case Ask() if not self._training:
+                await self._leave(_RESTS)
+                return True
+            case Ask() if not self._stopping:
+                self._stopping = True
+                await self._tools.tuner.stop(self.lease.job, keep=True)
+            case Turn():
+                await self._start()
+            case GiveWay():
+                self._giving_way = True
+                await self._tools.tuner.stop(self.lease.job, keep=True)
         return False
 
     def _begin(self, message: Begun) -> None:
@@ -222,6 +260,8 @@ class Worker:
         fields = await asyncio.to_thread(_fields, file, self._record.fields.backbone)
         if message.step > self._progress.checkpoint:
             self._progress = msgspec.structs.replace(self._progress, checkpoint=message.step, deaths=0)
+            self._advanced = True
+            self._tools.turns.clear(self.lease.job)
         model = checkpoint_model(self.lease.job, self._record.fields, message.step)
         event = self._event(f"Checkpoint created at step {message.step}: {model}", step=message.step)
         kept = Checkpoint(
@@ -246,20 +286,24 @@ class Worker:
         )
 
     async def _died(self, message: TunerDied) -> bool:
+        self._training = False
+        self._tools.turns.leave(self.lease.job)
         if self._stopping:
             await self._leave(
                 f"The tuner ended ({message.reason}); the job goes on from its newest checkpoint"
             )
             return True
-        deaths = self._progress.deaths + 1
+        deaths = 0 if self._advanced else self._progress.deaths + 1
         self._progress = msgspec.structs.replace(self._progress, deaths=deaths)
-        self._note(f"The tuner ended: {message.reason}", level="warn", deaths=deaths)
+        self._note(
+            f"The tuner ended: {message.reason}", level="warn", deaths=deaths, jobs_in_it=len(message.jobs)
+        )
         await self._flush()
-        if deaths >= MOST_DEATHS:
-            reason = f"the tuner ended {deaths} times in a row before the next checkpoint, at last: {message.reason}"
-            await self._fail(JobError("tuner_crashed", reason))
+        if deaths >= MOST_DEATHS and message.jobs == [self.lease.job]:
+            reason = f"the tuner ended {deaths} times in a row before the next checkpoint, at last with this job alone: "
+            await self._fail(JobError("tuner_crashed", reason + message.reason))
             return True
-        await self._start()
+        self._queue_up()
         return False
 
     async def _leave(self, text: str) -> None:

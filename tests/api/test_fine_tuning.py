@@ -171,6 +171,28 @@ def test_a_dry_run_makes_nothing(client: openai.OpenAI, http: httpx.Client) -> N
     assert len(list(client.fine_tuning.jobs.list())) == before
 
 
+def test_an_earlier_delta_is_trained_on_by_its_own_methods(client: openai.OpenAI, http: httpx.Client) -> None:
+    first = client.fine_tuning.jobs.create(model=NAME, training_file=uploaded(client), suffix="earlier")
+    done(client, first.id)
+    body = {"model": NAME, "training_file": uploaded(client), "dry_run": True}
+    for init, frozen in (("earlier", False), ({"model": "earlier", "frozen": True}, True)):
+        found = http.post("/v1/fine_tuning/jobs", json={**body, "delta": {"init_from": init}}).json()
+        assert [one["method"] for one in found["delta"]["methods"]] == ["lora"]
+        assert found["delta"]["init_from"]["frozen"] is frozen
+
+
+def test_a_prompt_begins_with_a_text(client: openai.OpenAI, http: httpx.Client) -> None:
+    prompt = {"method": "prompt", "length": 8, "init": "text", "init_text": "Classify:"}
+    body = {
+        "model": NAME,
+        "training_file": uploaded(client),
+        "dry_run": True,
+        "delta": {"methods": [prompt]},
+    }
+    (method,) = http.post("/v1/fine_tuning/jobs", json=body).json()["delta"]["methods"]
+    assert method["options"]["init_tokens"] == [*b"Classify:"]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -180,11 +202,18 @@ def test_a_dry_run_makes_nothing(client: openai.OpenAI, http: httpx.Client) -> N
         ({"delta": {"methods": [{"method": "magic"}]}}, "delta.methods.0.method"),
         ({"delta": {"methods": [{"method": "lora", "rank": 0}]}}, "delta.methods.0.rank"),
         ({"delta": {"methods": [{"method": "lora", "targets": ["nowhere"]}]}}, "delta.methods.0.targets"),
+        ({"delta": {"methods": [{"method": "prompt", "init_text": ""}]}}, "delta.methods.0.init_text"),
+        ({"delta": {"methods": [{"method": "prompt", "init": "text"}]}}, "delta.methods.0.init"),
+        ({"delta": {"methods": [{"method": "lora", "init_text": "a"}]}}, "delta.methods.0.init_text"),
         ({"delta": {"name": "a/b"}}, "delta.name"),
         ({"validation_file": "file-x"}, "validation_file"),
         ({"method": {"type": "dpo"}}, "method.type"),
         ({"model": "nothing"}, "model"),
         ({"delta": {"early_stopping": {"patience": 2}}}, "delta.early_stopping"),
+        ({"delta": {"evaluate_every": 2}}, "delta.evaluate_every"),
+        ({"delta": {"task": "generate", "metric": "rouge_l"}}, "delta.metric"),  # without a validation file
+        ({"delta": {"task": "generate", "metric": "accuracy"}}, "delta.metric"),
+        ({"delta": {"precision": "bfloat16"}}, "delta.precision"),
     ],
 )
 def test_bad_jobs(client: openai.OpenAI, http: httpx.Client, body: dict[str, Any], param: str) -> None:

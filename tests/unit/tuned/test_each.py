@@ -16,6 +16,7 @@ from deltas.methods.intrinsic import project
 from deltas.patches import Bottleneck, DenseDiff, Head, KVPrefix, LowRank, Pooling, SoftPrompt, SparseDiff
 from deltas.tensors import tensors_of
 from deltas.tuned import tunable
+from deltas.tuned.prompts import with_init_tokens
 from tests.tunables import Started, begin, same, weights_of
 
 
@@ -34,8 +35,9 @@ def stored(started: Started) -> Component:
         ("bottleneck", {"activation": "swish"}, "activation"),
         ("compacter", {"pieces": 3}, "pieces"),
         ("compacter", {"width": 6}, "pieces"),
-        ("prompt", {"init": "text"}, "init_tokens"),
-        ("prompt", {"init_tokens": [1]}, "init_tokens"),
+        ("prompt", {"init": "text"}, "init"),
+        ("prompt", {"init_tokens": [1]}, "init"),
+        ("prompt", {"init": "text", "init_text": "nobody tokenized it"}, "init_text"),
         ("prompt", {"init": "text", "init_tokens": [10**6]}, "init_tokens"),
         ("prompt", {"length": 4096}, "length"),
         ("prefix", {"length": 4096}, "length"),
@@ -122,6 +124,25 @@ def test_prompts_begin_with_tokens() -> None:
         assert torch.equal(text.parameters["embeddings"], table[[9, 8, 7, 9]])
         drawn = begin("prompt", family, {"length": 40, "init": "random"}).parameters["embeddings"]
         assert 0.8 < float(drawn.detach().std() / table.std()) < 1.2
+
+
+def test_an_init_text_becomes_tokens() -> None:
+    spec = weights_of("bert").spec
+    given = with_init_tokens({"length": 4, "init_text": "abc"}, lambda text: [len(text), 8, 7])
+    options = tunable("prompt").options(given, spec)
+    assert (options["init"], options["init_tokens"], options["init_text"]) == ("text", [3, 8, 7], None)
+    assert with_init_tokens({"length": 4}, lambda text: []) == {"length": 4}
+    for wrong, field in (
+        ({"init_text": "a", "init_tokens": [1]}, "init_text"),
+        ({"init_text": "a", "init": "random"}, "init"),
+        ({"init_text": ""}, "init_text"),
+        ({"init_text": 3}, "init_text"),
+        ({"init_text": "x" * 20_000}, "init_text"),
+        ({"init_text": "\u200b"}, "init_text"),  # of which this tokenizer makes nothing
+    ):
+        with pytest.raises(InvalidDelta) as refused:
+            with_init_tokens(wrong, lambda text: [ord(c) for c in text if c.isalpha()])
+        assert refused.value.field == field
 
 
 def test_ia3_takes_its_scale_in() -> None:

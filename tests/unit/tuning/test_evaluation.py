@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from deltas.bank import PackedDelta
-from server.tuning import evaluation
+from server.tuning import batches, evaluation
 from server.tuning.forward import Generated, Output, Part, Passes, Scored
+from server.tuning.scores import METRICS
 from server.tuning.spec import Example, JobSpec, Task
 
 DELTA = PackedDelta(torch.empty(0), {})
@@ -33,7 +34,8 @@ class Given:
             return [Scored(torch.tensor([[float(tokens[0])] for tokens in said]))]
         if self.task == "generate":
             right = torch.tensor([token for tokens in said for token in tokens], dtype=torch.bool)
-            return [Generated(torch.ones(len(right)), right, [len(tokens) for tokens in said])]
+            counts = [len(tokens) for tokens in said]
+            return [Generated(torch.ones(len(right)), right.long(), right, counts)]
         numbers = [token for tokens in said for token in (tokens if self.task == "tag" else tokens[:1])]
         return [Scored(torch.nn.functional.one_hot(torch.tensor(numbers), self.classes).float() * 9)]
 
@@ -50,7 +52,7 @@ def test_classes() -> None:
     assert found["accuracy"] == 0.75
     assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     assert found["matthews"] == pytest.approx(0.7, abs=0.1)
-    assert set(found) == set(evaluation.METRICS["classify"])
+    assert set(found) == set(METRICS["classify"])
 
 
 def test_values() -> None:
@@ -69,7 +71,7 @@ def test_tags_count_where_a_token_has_one() -> None:
 
 
 def test_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "STEP_TOKENS", 3)
+    monkeypatch.setattr(batches, "STEP_TOKENS", 3)
     rows = [Example([1, 1], learn=[(0, 2)]), Example([1, 0, 1], learn=[(0, 3)]), Example([1], learn=[(0, 1)])]
     monkeypatch.setattr(evaluation.losses, "total", lambda *_: torch.tensor(1.0))
     monkeypatch.setattr(evaluation.losses, "weight", lambda *_: 2.0)

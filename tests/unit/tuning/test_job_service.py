@@ -3,112 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-from redis.asyncio import Redis
 
 from deltas.formats import native
 from server.errors import EngineRestarting, ModelNotFound
-from server.metrics import Metrics
-from server.store.blobs import FileBlobs
-from server.store.deltas import DeltaStore
-from server.store.files import FileStore
-from server.store.job_records import JobRecord
-from server.store.jobs import JobStore
-from server.store.keys import Keys
-from server.store.registry import Registry
-from server.tuning.jobs import JobService, ended, worker_name
-from server.tuning.publish import Publisher
-from server.tuning.spec import JobSpec
-from server.tuning.worker import MOST_DEATHS, Tools
-from server.types import DeltaRef, ProbeResult
-from tests.tuner import STEPS, TOKENS, StandIn, write_checkpoint, write_delta
+from server.types import ProbeResult
+from tests.tuner import STEPS, TOKENS, write_checkpoint, write_delta
 from tests.unit.store.job_cases import job_fields
+from tests.unit.tuning.bench import Bench
 
 pytestmark = pytest.mark.anyio
-
-LEASE = 0.6
-
-
-@dataclass
-class Probe:
-    """A stand-in for the engine: its verdicts in order, then ``changes``."""
-
-    verdicts: list[ProbeResult | Exception] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-
-    async def load(self, delta: DeltaRef) -> ProbeResult:
-        verdict = self.verdicts.pop(0) if self.verdicts else ProbeResult("changes")
-        if isinstance(verdict, Exception):
-            raise verdict
-        return verdict
-
-    def drop(self, digest: str) -> None:
-        self.dropped.append(digest)
-
-
-class Bench:
-    """Everything that a server has of tuning; ``begin`` makes a process of it, ``kill`` ends one without a word."""
-
-    def __init__(self, redis: Redis, keys: Keys, folder: Path) -> None:
-        self.root = folder / "jobs"
-        self.metrics = Metrics()
-        self.probe = Probe()
-        self.jobs = JobStore(redis, keys, lease_seconds=LEASE)
-        self.files = FileStore(redis, keys, folder / "files")
-        self.deltas = DeltaStore(Registry(redis, keys), FileBlobs(folder / "blobs"))
-        self.publisher = Publisher(self.probe, self.deltas, self.files, self.metrics)
-        self.running: list[tuple[JobService, StandIn]] = []
-
-    async def begin(self, most: int = 4, **options: Any) -> tuple[JobService, StandIn]:
-        tuner = StandIn(**options)
-        tools = Tools(self.jobs, tuner, self.publisher, self.metrics, "tiny", retry_seconds=0.01)
-        service = JobService(tools, self.root, worker_name(self.root), most, tick_seconds=0.02)
-        await service.start()
-        self.running.append((service, tuner))
-        return service, tuner
-
-    async def kill(self, service: JobService, tuner: StandIn) -> None:
-        self.running.remove((service, tuner))
-        tasks = [*service._tasks, *(held.task for held in service._held.values())]
-        await ended(tasks)
-        await tuner.close()
-
-    async def submit(self, name: str = "mine") -> str:
-        lease = await self.jobs.create("default", job_fields(name), "submitter")
-        spec = JobSpec(id=lease.job, tenant="default", name=name, task="generate", methods=[])
-        folder = self.root / lease.job
-        folder.mkdir(parents=True)
-        (folder / "train.msgpack").write_bytes(b"")
-        await self.jobs.submit(lease, msgspec.json.encode(spec))
-        return lease.job
-
-    async def until(self, job: str, wanted: Callable[[JobRecord], bool] | str) -> JobRecord:
-        async with asyncio.timeout(20):
-            while True:
-                record = await self.jobs.get("default", job)
-                if record.status == wanted if isinstance(wanted, str) else wanted(record):
-                    return record
-                assert not record.ended, record
-                await asyncio.sleep(0.01)
-
-    async def texts(self, job: str) -> list[str]:
-        return [event.message for event in await self.jobs.events(job, 0, 1000)]
-
-
-@pytest.fixture
-async def bench(redis: Redis, keys: Keys, tmp_path: Path) -> Any:
-    made = Bench(redis, keys, tmp_path)
-    await made.files.start()
-    await made.deltas.start()
-    yield made
-    for service, tuner in [*made.running]:
-        await made.kill(service, tuner)
 
 
 async def test_a_job_becomes_a_delta(bench: Bench) -> None:
@@ -193,37 +100,6 @@ async def test_a_pause_keeps_what_was_trained(bench: Bench) -> None:
         event.data["step"] for event in await bench.jobs.events(job, 0, 1000) if "train_loss" in event.data
     ]
     assert steps == [*range(1, STEPS + 1)]
-
-
-async def test_a_job_outlives_the_tuner(bench: Bench) -> None:
-    _, tuner = await bench.begin(gated=True)
-    job = await bench.submit()
-    for round_ in range(MOST_DEATHS + 2):  # each after a new checkpoint
-        target = 2 * round_ + 2
-        if target > STEPS - 2:
-            break
-        for _ in range(2):
-            tuner.gate.release()
-        await bench.until(job, lambda record, at=target: record.progress.checkpoint == at)  # type: ignore[misc]
-        await tuner.die()
-    for _ in range(STEPS):
-        tuner.gate.release()
-    record = await bench.until(job, "succeeded")
-    assert record.progress.trained_tokens == STEPS * TOKENS
-
-
-async def test_a_tuner_that_dies_and_dies_fails_its_job(bench: Bench) -> None:
-    _, tuner = await bench.begin(gated=True)
-    job = await bench.submit()
-    for death in range(MOST_DEATHS):
-        async with asyncio.timeout(10):
-            while len(tuner.started) <= death:
-                await asyncio.sleep(0.01)
-        await tuner.die("killed for lack of memory")
-    record = await bench.until(job, "failed")
-    assert record.error is not None
-    assert record.error.code == "tuner_crashed"
-    assert "lack of memory" in record.error.message
 
 
 async def test_a_killed_server_s_job_goes_on(bench: Bench) -> None:

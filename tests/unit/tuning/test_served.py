@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltas import heads, methods
 from deltas.bank import PackedDelta
+from deltas.errors import UnsupportedDelta
 from deltas.formats import native
 from deltas.pack import pack
 from server.engine.backbone import Backbone
@@ -141,3 +142,31 @@ def test_training_on_from_an_earlier_delta(tmp_path: Path) -> None:
     second = said[-1]
     assert isinstance(second, Finished)
     assert native.load(Path(second.file)).digest == init.digest
+
+
+def test_a_head_is_trained_on_with_its_delta(tmp_path: Path) -> None:
+    passes = tuning.passes_of("bert")
+    parts = [tuning.method(passes, "lora"), tuning.head(passes, "classify")]
+    _, said = trained(passes, tmp_path / "first", parts, "classify")
+    first = said[-1]
+    assert isinstance(first, Finished)
+    init = InitFrom(name="first", digest=native.load(Path(first.file)).digest, file=first.file, frozen=False)
+    _, said = trained(
+        passes, tmp_path / "second", parts, "classify", init_from=init, learning_rate=1e-30, epochs=1
+    )
+    second = said[-1]
+    assert isinstance(second, Finished)
+    assert native.load(Path(second.file)).digest == init.digest
+
+
+@pytest.mark.parametrize("name", ["diff_pruning", "masking"])
+def test_what_keeps_places_only_is_not_trained_on(name: str, tmp_path: Path) -> None:
+    passes = tuning.passes_of("llama")
+    parts = [tuning.method(passes, name)]
+    _, said = trained(passes, tmp_path / "first", parts, "generate", epochs=1)
+    first = said[-1]
+    assert isinstance(first, Finished)
+    init = InitFrom(name="first", digest=native.load(Path(first.file)).digest, file=first.file, frozen=False)
+    with pytest.raises(UnsupportedDelta, match="Freeze it") as refused:
+        trained(passes, tmp_path / "second", parts, "generate", init_from=init)
+    assert refused.value.field == "init_from"
