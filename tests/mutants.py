@@ -130,9 +130,9 @@ MUTANTS = (
     Mutant(
         "5 the backbone never changes: a hook writes to its weight",
         "deltas/hooks.py",
-        "            rows = y.view(-1, y.shape[-1])\n            if plan is not None:",
-        "            rows = y.view(-1, y.shape[-1])\n"
-        "            self.members[0].weight.data.mul_(1.001)\n            if plan is not None:",
+        "            plan.apply(self.group.index, rows_in, y, self)\n",
+        "            plan.apply(self.group.index, rows_in, y, self)\n"
+        "            self.members[0].weight.data.mul_(1.001)\n",
         ("tests/oracle/test_backbone_unchanged.py",),
     ),
     Mutant(

@@ -1,20 +1,26 @@
 """llama.cpp's server over HTTP: a slot for each request, all sent at once, no prompt cache.
 
-A build for this machine, from llama.cpp's sources (in its repository, or in ``vendor/llama.cpp`` of the source package
-llama-cpp-python on PyPI: ``pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36``):
+A build for this machine (its instructions, its OpenMP), from the sources of llama.cpp; they are in its repository, too, but
+the source package of llama-cpp-python brings a fixed version of them from PyPI (77 MB; the build takes about seven
+minutes on two cores):
 
-    cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build -j2 --target llama-server llama-quantize
-    python -m benchmarks.mixed_decode --llama-server build/bin/llama-server
+    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    tar xf llama_cpp_python-0.3.36.tar.gz
+    cmake -S llama_cpp_python-0.3.36/vendor/llama.cpp -B llama -DCMAKE_BUILD_TYPE=Release \\
+        -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+    cmake --build llama -j2 --target llama-server llama-quantize
+    python -m benchmarks.mixed_decode --llama-server llama/bin/llama-server
 
-``gguf`` of the argument is the backbone's GGUF file; ``llama-quantize``, beside the server, turns it into one of bfloat16
-or float32. LoRAs come from ``loras``, folders as PEFT saves them, and are written as GGUF files of the same type; a
-request names its own by the field ``lora``. The time is a client's, over loopback; the memory is the server's.
+``gguf`` of the argument is the backbone's GGUF file, the same that our weights come from; ``llama-quantize``, beside the
+server, turns it into one of bfloat16 or float32. LoRAs come from ``loras``, folders as PEFT saves them, and are written as
+GGUF files of the same type; a request names its own by the field ``lora``. The server batches continuously, as it does by
+default, but only rows of one LoRA with each other. The time is a client's, over loopback, from sending all prompts to the
+last answer; the memory is the server's.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import socket
 import subprocess
 import sys
@@ -45,7 +51,8 @@ def main() -> None:
         port = free.getsockname()[1]
     command = [
         binary, "-m", model, "--host", "127.0.0.1", "--port", port, "-np", rows, "-c", rows * slot,
-        "-t", asked["threads"], "-tb", asked["threads"], "--log-disable", "--lora-init-without-apply",
+        "-t", asked["threads"], "-tb", asked["threads"], "--cont-batching", "--no-cache-prompt", "--cache-ram", 0,
+        "--log-verbosity", 1, "--lora-init-without-apply",
         *(["--lora", ",".join(map(str, loras))] if loras else []),
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -55,10 +62,10 @@ def main() -> None:
         with httpx.Client(timeout=None, limits=httpx.Limits(max_connections=rows)) as http:
             once(http, url, asked, len(loras), min(4, asked["new"]))
             seconds = min(once(http, url, asked, len(loras), asked["new"]) for _ in range(asked["repeat"]))
+        peak = peak_mb(server.pid)
     finally:
         server.terminate()
         server.wait()
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
     print("RESULT " + json.dumps({"seconds": seconds, "peak_mb": peak}))
 
 
@@ -85,6 +92,11 @@ def lora_file(folder: Path, dtype: str, layers: int) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def peak_mb(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:

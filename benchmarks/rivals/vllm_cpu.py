@@ -53,8 +53,10 @@ def main() -> None:
         began = time.perf_counter()
         answers = model.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
         seconds = time.perf_counter() - began
-        if any(len(answer.outputs[0].token_ids) != new for answer in answers):
-            raise SystemExit("vLLM generated another number of tokens")
+        for prompt, answer in zip(asked["prompts"], answers, strict=True):
+            found = (len(answer.prompt_token_ids), len(answer.outputs[0].token_ids))
+            if found != (len(prompt), new):
+                raise SystemExit(f"vLLM read and generated {found} tokens")
         return seconds
 
     once(min(4, asked["new"]))
