@@ -128,32 +128,18 @@ def test_components_together_and_on_top_of_an_earlier_delta(tmp_path: Path) -> N
     assert {name.partition("/")[0] for name in run.parameters} == {"0"}
 
 
-def test_training_on_from_an_earlier_delta(tmp_path: Path) -> None:
-    """At the job's end it is where it began, if it does not move."""
-    passes = tuning.passes_of("llama")
-    lora = tuning.method(passes, "lora")
-    _, said = trained(passes, tmp_path / "first", [lora], "generate")
+@pytest.mark.parametrize(("kind", "task"), [("llama", "generate"), ("bert", "classify")])
+def test_training_on_from_an_earlier_delta(kind: str, task: Task, tmp_path: Path) -> None:
+    """At the job's end it is where it began, if it does not move; so is its head."""
+    passes = tuning.passes_of(kind)
+    parts = [tuning.method(passes, "lora")]
+    if task == "classify":
+        parts.append(tuning.head(passes, task))
+    _, said = trained(passes, tmp_path / "first", parts, task)
     first = said[-1]
     assert isinstance(first, Finished)
     init = InitFrom(name="first", digest=native.load(Path(first.file)).digest, file=first.file, frozen=False)
-    _, said = trained(
-        passes, tmp_path / "second", [lora], "generate", init_from=init, learning_rate=1e-30, epochs=1
-    )
-    second = said[-1]
-    assert isinstance(second, Finished)
-    assert native.load(Path(second.file)).digest == init.digest
-
-
-def test_a_head_is_trained_on_with_its_delta(tmp_path: Path) -> None:
-    passes = tuning.passes_of("bert")
-    parts = [tuning.method(passes, "lora"), tuning.head(passes, "classify")]
-    _, said = trained(passes, tmp_path / "first", parts, "classify")
-    first = said[-1]
-    assert isinstance(first, Finished)
-    init = InitFrom(name="first", digest=native.load(Path(first.file)).digest, file=first.file, frozen=False)
-    _, said = trained(
-        passes, tmp_path / "second", parts, "classify", init_from=init, learning_rate=1e-30, epochs=1
-    )
+    _, said = trained(passes, tmp_path / "second", parts, task, init_from=init, learning_rate=1e-30, epochs=1)
     second = said[-1]
     assert isinstance(second, Finished)
     assert native.load(Path(second.file)).digest == init.digest
